@@ -1,0 +1,743 @@
+"""
+Train GPT-2 from scratch: one file, read top to bottom.
+
+    python train_gpt2.py --preset demo                              # any laptop: no GPU, no data, no network needed
+    python train_gpt2.py                                            # GPT-2 124M on FineWeb-Edu, one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # the same on eight
+
+Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
+The data come from fineweb.py, the HellaSwag score from hellaswag.py.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import hellaswag
+from fineweb import SHARD_NAME, InputError, atomic_write, front_door, get_tokenizer, read_manifest
+
+# -----------------------------------------------------------------------------
+# Knobs
+
+
+@dataclass
+class TrainConfig:
+    # where things are
+    data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
+    data_source: str = ""  # what fineweb.py builds a missing data_dir from; "" = nothing, missing data are an error
+    log_dir: str = "log"  # log.txt and checkpoints
+    init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint's path
+    # model: GPT-2 124M
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    vocab_size: int = 50304  # GPT-2 has 50257 tokens; a multiple of 128 is faster, and the rows above are never used
+    sequence_length: int = 1024  # tokens
+    # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
+    total_batch_size: int = 524288  # tokens an optimizer step, over all ranks and micro-batches
+    micro_batch_size: int = 64  # sequences a forward pass on one rank: the largest power of two that fits
+    max_steps: int = 19073  # optimizer steps
+    warmup_steps: int = 715  # steps of linear warm-up: 375M tokens
+    max_lr: float = 6e-4
+    min_lr_ratio: float = 0.1  # the cosine ends at this share of max_lr
+    weight_decay: float = 0.1  # on matrices and embeddings only
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+    # evaluation and output, every so many steps; 0 switches the thing off
+    val_every: int = 250
+    val_tokens: int = 10485760  # tokens a validation, over all ranks
+    hellaswag_every: int = 250
+    sample_every: int = 250
+    sample_prompt: str = "Hello, I'm a language model,"
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3  # so many of the newest stay on disk
+    # machine
+    seed: int = 1337  # of the initial weights, the data order and the samples
+    device: str = "auto"  # auto | cuda | mps | cpu
+    dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
+    compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
+
+
+PRESETS = {
+    "gpt2": {},  # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=32),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, micro_batch_size=16),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),  # 1558M
+    "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
+        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128,
+        sequence_length=128, total_batch_size=2048, micro_batch_size=16, max_steps=120, warmup_steps=10, max_lr=3e-3,
+        val_every=30, val_tokens=32768, hellaswag_every=0, sample_every=120, sample_prompt="Return the",
+        checkpoint_every=60,
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    """The command line as a TrainConfig: the defaults, the preset's overrides, then the flags."""
+    parser = argparse.ArgumentParser(description="Train GPT-2", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, default="gpt2", help="a named set of overrides (default: gpt2)")
+    for field in fields(TrainConfig):
+        kind = {"action": argparse.BooleanOptionalAction} if field.name == "compile" else {"type": field.type}
+        parser.add_argument(f"--{field.name}", help=f"default: {field.default!r}", **kind)
+    flags = vars(parser.parse_args(argv))
+    return TrainConfig(**{**PRESETS[flags.pop("preset")], **flags})
+
+
+def check_config(c, world_size):
+    """Raise InputError, with the remedy, for a TrainConfig that cannot run."""
+    at_least = {"n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1, "sequence_length": 1, "total_batch_size": 1,
+                "micro_batch_size": 1, "max_steps": 0, "warmup_steps": 0, "val_every": 0, "hellaswag_every": 0,
+                "sample_every": 0, "checkpoint_every": 0, "keep_checkpoints": 2}  # fmt: skip
+    one_of = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float16", "float32")}
+    for name, least in at_least.items():
+        if getattr(c, name) < least:
+            raise InputError(f"{name} is {getattr(c, name)}: it must be {least} or more")
+    for name, choices in one_of.items():
+        if getattr(c, name) not in choices:
+            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {', '.join(choices)}")
+    if c.n_embd % c.n_head:
+        fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
+        raise InputError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
+    rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # sequences of each rank in a step
+    if rest or rows % c.micro_batch_size:
+        fit = [n for n in range(1, rows + 1) if rest == 0 and rows % n == 0]
+        raise InputError(
+            f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
+            f"sequence_length {c.sequence_length} x {world_size} ranks: "
+            + (f"these micro-batch sizes fit: {fit}" if fit else "no micro-batch size fits, change one of the others")
+        )
+    if c.init_from not in ("scratch", "resume", *OPENAI_MODELS) and not Path(c.init_from).is_file():
+        raise InputError(
+            f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(OPENAI_MODELS)}"
+        )
+    if c.vocab_size < 50257 and (c.sample_every or c.hellaswag_every):
+        raise InputError(
+            f"vocab_size {c.vocab_size} is less than GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0"
+        )
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # longest sequence
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash attention, where the device has it
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the approximation
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        })  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied: the matrix that embeds tokens also predicts them
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """OpenAI's: residual projections are smaller, so that the residual stream does not grow with depth."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1)
+            elif name.endswith("wpe.weight"):
+                parameter.normal_(0, 0.01)
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(0, 0.02 * (2 * self.config.n_layer) ** -0.5)
+            else:
+                parameter.normal_(0, 0.02)
+
+    def hidden_states(self, idx):
+        """All of the model but its head: token ids (B, T) int64 to (B, T, n_embd)."""
+        T = idx.size(1)
+        if self.config.block_size < T:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}: shorten it")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def head(self, x):
+        """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, autocast's type in training."""
+        if self.training:
+            return self.lm_head(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.lm_head(x.float())
+
+    def forward(self, idx, targets=None, return_logits=True):
+        """Return (logits, loss) for token ids (B, T) int64.
+
+        logits: (B, T, vocab_size), or None without return_logits, which saves their memory and time in training. loss:
+        for targets (B, T) int64, the mean cross-entropy in nats per token, a float32 scalar; targets of -100 do not
+        count. Raises ValueError where T is larger than block_size.
+        """
+        x = self.hidden_states(idx)
+        if targets is not None and not return_logits and x.device.type == "cpu":
+            return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        logits = self.head(x)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return (logits if return_logits else None), loss
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """OpenAI's weights from the Hugging Face hub: gpt2 (124M), gpt2-medium, gpt2-large or gpt2-xl."""
+        if name not in OPENAI_MODELS:
+            raise InputError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
+        try:
+            from transformers import GPT2LMHeadModel
+
+            theirs = GPT2LMHeadModel.from_pretrained(name)
+        except ImportError:
+            raise InputError(f"loading {name} needs the transformers package: pip install transformers") from None
+        except OSError as error:
+            raise InputError(f"cannot load {name} from the Hugging Face hub: {error}") from None
+        c, weights = theirs.config, theirs.state_dict()
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        for key, own in model.state_dict().items():
+            # OpenAI's linear layers were 1x1 convolutions, with weights (in, out) where nn.Linear has (out, in)
+            is_linear = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            own.copy_(weights[key].t() if is_linear else weights[key])
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, device_type):
+        """AdamW with the GPT-3 paper's betas; weight decay on matrices and embeddings, none on biases and norms."""
+        groups = [
+            {"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu")  # one kernel for all parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x @ weight.T, a chunk of tokens at a time, for CPU.
+
+    The logits of 2,048 tokens take 400 MB, and there allocating and sweeping them costs more than the matrix products.
+    The chunks share two buffers, and as softmax - onehot is the gradient, they compute it on the way.
+    """
+
+    CHUNK = 256  # tokens
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        chunk, w = ChunkedCrossEntropy.CHUNK, weight.to(x.dtype)
+        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
+        dx, dw = torch.zeros_like(x), torch.zeros_like(w)
+        logits = x.new_empty(chunk, len(w))
+        softmax = x.new_empty(chunk, len(w))
+        for xs, ys, dxs in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
+            n, rows = len(xs), torch.arange(len(xs))
+            torch.mm(xs, w.t(), out=logits[:n])
+            p = torch.softmax(logits[:n], dim=1, out=softmax[:n])
+            loss -= p[rows, ys.clamp(min=0)].float().clamp(min=1e-38).log()[ys >= 0].sum()
+            if ctx.needs_input_grad[0]:
+                p[rows, ys.clamp(min=0)] -= 1
+                p[ys < 0] = 0
+                torch.mm(p, w, out=dxs)
+                dw.addmm_(p.t(), xs)
+        ctx.save_for_backward(dx, dw, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        return dx * (grad / count).to(dx.dtype), (dw * (grad / count).to(dw.dtype)).float(), None
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+def find_shards(data_root, split):
+    """The paths of a split's shards in name order. Raises InputError where there are none."""
+    root = Path(data_root)
+    paths = sorted(root.iterdir()) if root.is_dir() else []
+    paths = [path for path in paths if (m := SHARD_NAME.fullmatch(path.name)) and m["split"] == split]
+    if not paths:
+        raise InputError(
+            f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB download), "
+            "or try python train_gpt2.py --preset demo"
+        )
+    manifest = read_manifest(root)
+    if manifest and not manifest["complete"]:
+        raise InputError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
+    return paths
+
+
+def open_shard(path):
+    """Memory-map a shard: a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16)."""
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            header = np.fromfile(path, "<i4", 256)
+            tokens = np.memmap(path, "<u2", mode="r", offset=1024)
+            if len(header) < 3 or tuple(header[:3]) != (20240520, 1, len(tokens)):
+                raise ValueError(f"its header {header[:3]} should be 20240520, 1 and its {len(tokens)} tokens")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
+            raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
+    return tokens
+
+
+class DataLoaderLite:
+    """Batches of token shards, in an order that is a pure function of the position.
+
+    The tokens of a split are one stream, cut into rows of T+1 tokens that overlap by one. An epoch of the train split
+    visits every row once, in a permutation seeded by (seed, epoch); the val split goes in order. A batch takes the next
+    num_processes * B rows, B of them on each rank, so that the same rows follow each other whatever the two are.
+    """
+
+    def __init__(
+        self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=1337
+    ):
+        self.B, self.T, self.process_rank, self.num_processes = B, T, process_rank, num_processes
+        self.split, self.seed = split, seed
+        paths = find_shards(data_root, split)
+        self.shards = [open_shard(path) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])  # where each one ends in the stream
+        self.num_rows = int(self.ends[-1] - 1) // T
+        if self.num_rows == 0:
+            raise InputError(
+                f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for a sequence of {T} and its target"
+            )
+        for i in range(process_rank, len(paths), num_processes):  # the ranks share the reading
+            if self.shards[i].max() >= vocab_size:
+                at = int(np.argmax(self.shards[i] >= vocab_size))
+                raise InputError(
+                    f"{paths[i]} has token id {self.shards[i][at]} at offset {at}, not below vocab_size {vocab_size}: "
+                    "it is damaged or made with another tokenizer, build it again"
+                )
+        self.reset()
+
+    def reset(self):
+        self.seek(0)
+
+    def seek(self, position):
+        """Continue after `position` rows, counted over all ranks and epochs."""
+        self.position, self.epoch = position, None
+
+    def row(self, number):
+        """Row `number` of the run: T+1 token ids, uint16."""
+        epoch, index = divmod(number, self.num_rows)
+        if self.split == "train":
+            if epoch != self.epoch:  # RandomState rather than default_rng: NumPy promises that its streams never change
+                self.epoch, self.order = epoch, np.random.RandomState([self.seed, epoch]).permutation(self.num_rows)
+            index = int(self.order[index])
+        start, end = index * self.T, (index + 1) * self.T + 1
+        first, last = np.searchsorted(self.ends, (start, end - 1), side="right")
+        offset = self.ends[first] - len(self.shards[first])
+        pieces = self.shards[first : last + 1]  # one, or several where the row crosses from shard to shard
+        return (pieces[0] if first == last else np.concatenate(pieces))[start - offset : end - offset]
+
+    def next_batch(self):
+        """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""
+        first = self.position + self.process_rank * self.B
+        rows = torch.from_numpy(np.stack([self.row(first + i) for i in range(self.B)]).astype(np.int64))
+        self.position += self.B * self.num_processes
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# -----------------------------------------------------------------------------
+# Learning rate, evaluation, sampling
+
+
+def get_lr(step, config):
+    """The learning rate of a step: linear warm-up, cosine to max_lr * min_lr_ratio at max_steps, constant after."""
+    min_lr = config.max_lr * config.min_lr_ratio
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    if step >= config.max_steps:
+        return min_lr
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    return min_lr + (config.max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def sum_over_ranks(tensor):
+    """Sum a tensor over all ranks in place and return it; alone, it is the sum."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def evaluate_loss(model, loader, num_rows, device):
+    """The mean loss in nats per token over the first num_rows rows of the loader, whatever its B and number of ranks."""
+    model.eval()
+    loader.reset()
+    total, count = torch.zeros((), device=device), 0
+    while loader.position < num_rows:
+        mine = min(loader.B, num_rows - loader.position - loader.process_rank * loader.B)  # rows that count
+        x, y = loader.next_batch()
+        if mine > 0:
+            y[mine:] = -100  # rather than a smaller batch: compiled code keeps its one shape
+            _, loss = model(x.to(device), y.to(device), return_logits=False)
+            total += loss * mine
+            count += mine
+    model.train()
+    total, count = sum_over_ranks(torch.stack([total, torch.tensor(float(count), device=device)])).tolist()
+    return total / count
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+    """Continue token ids (B, T) by sampling max_new_tokens more: (B, T + max_new_tokens)."""
+    was_training = model.training
+    model.eval()
+    for _ in range(max_new_tokens):
+        hidden = model.hidden_states(idx[:, -model.config.block_size :])
+        logits = model.head(hidden[:, -1])[:, :50257] / temperature  # (B, 50257): the padded ids are not tokens
+        values, candidates = logits.topk(top_k)
+        choice = torch.multinomial(F.softmax(values, dim=-1), num_samples=1, generator=generator)
+        idx = torch.cat([idx, candidates.gather(1, choice)], dim=1)
+    model.train(was_training)
+    return idx
+
+
+def sample(model, prompt, device, seed, count=3, length=32):
+    """Return `count` texts that continue the prompt by `length` tokens; the same seed gives the same texts."""
+    idx = torch.tensor([get_tokenizer().encode_ordinary(prompt)] * count, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return [get_tokenizer().decode(row) for row in generate(model, idx, length, generator=generator).tolist()]
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, keep, **contents):
+    """Write a checkpoint of plain data, whole or not at all; then remove all but the newest `keep` in its folder.
+
+    The file's sha256 stands at its end, as the comment of the zip archive that it is: torch.load checks nothing.
+    """
+    with atomic_write(path) as file:
+        torch.save(contents, file)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - 2)
+        file.write(struct.pack("<H", 64))  # the last field of a zip archive: the length of its comment
+        file.write(sha256(file, size))
+    for old in sorted(path.parent.glob("model_*.pt"))[:-keep]:
+        old.unlink()
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of save_checkpoint onto the CPU. Raises InputError where it is damaged or none."""
+    with open(path, "rb") as file:
+        size = max(0, file.seek(0, os.SEEK_END) - 64)
+        if sha256(file, size) != file.read():
+            raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def sha256(file, size):
+    """The hex digest of the first `size` bytes of a file, which stays at their end."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(min(1 << 20, size - file.tell())):
+        digest.update(chunk)
+    return digest.hexdigest().encode()
+
+
+def load_model(name):
+    """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint."""
+    if name in OPENAI_MODELS:
+        return GPT.from_pretrained(name)
+    if not Path(name).is_file():
+        raise InputError(f"{name!r} is no checkpoint file, and none of {', '.join(OPENAI_MODELS)}")
+    checkpoint = load_checkpoint(name)
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+# dense 16-bit matrix products by datasheet, TFLOP/s
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
+
+
+@contextlib.contextmanager
+def distributed(device):
+    """Join torchrun's process group, if there is one, and leave it in the end: (rank, local_rank, world_size, device)."""
+    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device, local_rank if device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**on_gpu)
+    try:
+        yield rank, local_rank, max(world_size, 1), device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def choose_dtype(name, device):
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if name == "auto" else getattr(torch, name)
+
+
+def choose_compile(wanted, device):
+    if wanted is not False and device.type == "cuda" and not find_spec("triton"):
+        print("warning: torch.compile is off, because Triton is not installed; training takes about twice as long")
+        return False
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def to_device(tensor, device):
+    """Copy to the device; to CUDA from pinned memory, so that the host runs ahead instead of waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def flops_per_token(model):
+    """6N + 6LCT: 6 operations a weight, less the positions, and the half of attention that is causal (as in llm.c)."""
+    c = model.config
+    weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    return 6 * weights + 6 * c.n_layer * c.n_embd * c.block_size
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+
+def build_missing_data(source, data_dir, local_rank):
+    """Have one process of each machine build a missing data_dir with fineweb.py while the others wait."""
+    if source and local_rank == 0 and not (Path(data_dir) / "manifest.json").exists():
+        command = [sys.executable, str(Path(__file__).with_name("fineweb.py")), "--source", source, "--out", data_dir]
+        print(f"{data_dir}/ is missing, building it: python fineweb.py {' '.join(command[2:])}", flush=True)
+        if subprocess.run(command).returncode:
+            raise InputError(f"building {data_dir} failed, see above")
+    wait_for_all()
+
+
+def load_hellaswag(rank, local_rank, world_size, device):
+    """This rank's HellaSwag batches; None on all ranks, said once, where a machine has no copy and can fetch none."""
+    if local_rank == 0:
+        try:
+            hellaswag.fetch("val")
+        except InputError as error:
+            print(f"going on without HellaSwag: {error}", flush=True)
+    wait_for_all()
+    have = torch.tensor(int(hellaswag.path_of("val").exists()), device=device)
+    if sum_over_ranks(have).item() == world_size:
+        return hellaswag.make_batches(hellaswag.iterate_examples("val"), rank, world_size)
+    return None
+
+
+def main(config):
+    """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
+
+    Raises InputError, before anything is allocated or overwritten, for what the user can put right.
+    """
+    check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
+    log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
+    if config.init_from != "resume" and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
+        raise InputError(
+            f"{log_dir}/ already holds a run: continue it with --init_from resume, choose another --log_dir, or delete it"
+        )
+    with distributed(config.device) as (rank, local_rank, world_size, device):
+
+        def log(message, record=None):
+            """Print the message on rank 0, and append the record to log.txt."""
+            if rank == 0:
+                print(message, flush=True)
+                if record:
+                    with open(log_file, "a") as file:
+                        file.write(f"{record}\n")
+
+        # data
+        B, T = config.micro_batch_size, config.sequence_length
+        grad_accum_steps = config.total_batch_size // (B * T * world_size)
+        build_missing_data(config.data_source, config.data_dir, local_rank)
+        train_loader, val_loader = (
+            DataLoaderLite(B, T, rank, world_size, split, config.data_dir, config.vocab_size, config.seed)
+            for split in ("train", "val")
+        )
+        if train_loader.num_rows < config.total_batch_size // T:
+            raise InputError(
+                f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens, too few for one step of "
+                f"{config.total_batch_size // T}: build more data, or lower total_batch_size"
+            )
+        val_rows = max(1, min(config.val_tokens // T, val_loader.num_rows))
+        hella = load_hellaswag(rank, local_rank, world_size, device) if config.hellaswag_every else None
+
+        # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation, `model`
+        # for the changing ones of HellaSwag and sampling, each of which would compile anew
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
+        if config.init_from in ("scratch", "resume"):
+            model = GPT(GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd))
+        else:
+            model = load_model(config.init_from)
+        model.to(device)
+        compiled = torch.compile(model, dynamic=False) if choose_compile(config.compile, device) else model
+        trained = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
+        optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
+        dtype = choose_dtype(config.dtype, device)
+        autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
+
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        peak = next((value for name, value in PEAK_TFLOPS.items() if name in gpu), None)
+        log(
+            f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {gpu}, {dtype}, compile "
+            f"{'off' if compiled is model else 'on'}, torch {torch.__version__}\n{config.max_steps} steps of "
+            f"{config.total_batch_size:,} tokens, on each rank {grad_accum_steps} micro-batches of {B} x {T}"
+            + (
+                f"\nMFU counts 6N + 6LCT operations a token against {peak} TFLOP/s, the datasheet's peak"
+                if peak
+                else ""
+            )
+        )
+        log_dir.mkdir(parents=True, exist_ok=True)
+
+        metrics = {}
+        for step in range(config.max_steps + 1):  # inclusive: what the last update made is evaluated and saved too
+            last_step = step == config.max_steps
+            due = {name: every > 0 and (step % every == 0 or last_step) for name, every in (
+                ("val", config.val_every), ("hella", config.hellaswag_every),
+                ("sample", config.sample_every), ("save", config.checkpoint_every),
+            )}  # fmt: skip
+            if due["val"]:
+                with autocast():
+                    metrics["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device)
+                log(f"step {step:5d} | val loss {metrics['val_loss']:.4f}", f"{step} val {metrics['val_loss']:.4f}")
+            if due["hella"] and hella is not None:
+                with autocast():
+                    right, right_norm, total = sum_over_ranks(hellaswag.evaluate(model, hella, device)).tolist()
+                metrics["hella"] = right_norm / total
+                log(f"step {step:5d} | HellaSwag {right_norm}/{total}", f"{step} hella {metrics['hella']:.4f}")
+            if due["sample"] and rank == 0:
+                with autocast():
+                    for text in sample(model, config.sample_prompt, device, config.seed):
+                        log(f"step {step:5d} | sample {text!r}")
+            if due["save"] and step > 0 and rank == 0:
+                path = log_dir / f"model_{step:05d}.pt"
+                save_checkpoint(
+                    path, config.keep_checkpoints, step=step, val_loss=metrics.get("val_loss"), model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=asdict(model.config),
+                    train_config=asdict(config), random_states=[torch.get_rng_state(), torch.cuda.get_rng_state_all()],
+                )  # fmt: skip
+                log(f"step {step:5d} | saved {path}")
+            if last_step:
+                break
+
+            # one optimizer step: the gradients of the micro-batches add up to that of the whole batch
+            start = time.perf_counter()
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                x, y = (to_device(t, device) for t in train_loader.next_batch())
+                if world_size > 1:  # DDP reads this in its forward: only the last backward synchronizes
+                    trained.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+                with autocast():
+                    _, loss = trained(x, y, return_logits=False)
+                loss = loss / grad_accum_steps
+                scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            lr = get_lr(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            metrics["train_loss"] = sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
+
+            seconds = time.perf_counter() - start
+            speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
+            mfu = f"MFU {speed * flops_per_token(model) / (world_size * peak * 1e12):.1%} | " if peak else ""
+            log(
+                f"step {step:5d}/{config.max_steps} | loss {metrics['train_loss']:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+                f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s | {mfu}{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left",
+                f"{step} train {metrics['train_loss']:.6f}",
+            )
+
+        log(f"done: log and checkpoints are in {log_dir}/")
+        return {"step": step, **metrics}
+
+
+if __name__ == "__main__":
+    front_door(main, parse_args())
