@@ -75,7 +75,7 @@ def atomic_write(path):
 
 @functools.cache
 def get_tokenizer():
-    """The GPT-2 BPE as a tiktoken.Encoding, from assets/: tiktoken's own copy is a download, and clusters are offline."""
+    """The GPT-2 BPE as a tiktoken.Encoding, from assets/: tiktoken's own is a download, and clusters are offline."""
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -134,13 +134,15 @@ def file_documents(path):
                         yield json.loads(line.decode("utf-8"))["text"]
                     except (ValueError, KeyError, TypeError) as error:
                         raise InputError(
-                            f'{path}, line {number} is not a JSON object with a "text" string: {error!r}; mend or delete it'
+                            f'{path}, line {number} is no JSON object with a "text" string: {error!r}; mend or delete it'
                         ) from None
         else:
             yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
-    except (OSError, ArithmeticError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
         raise InputError(f"cannot read {path}: {error}") from None
 
 
@@ -308,8 +310,8 @@ def build(source, out, shard_size=100_000_000, workers=None, start_method=None):
     manifest["complete"] = True
     write_manifest()
     print(
-        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards; "
-        f"{manifest['skipped_empty']:,} empty documents left out"
+        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
+        f"{len(manifest['shards'])} shards; {manifest['skipped_empty']:,} empty documents left out"
     )
     return manifest
 

@@ -126,17 +126,16 @@ def score(model, tokens, mask):
     return total, total / predicts.sum(dim=1)
 
 
-def evaluate(model, batches, device, stop=lambda: False):
+def evaluate(model, batches, device, before_batch=lambda: None):
     """Return int64 counts (items right by sum, items right by mean, items) over batches of `make_batches`.
 
-    The model scores in eval mode and is left as it was found. stop() is asked before each batch.
+    The model scores in eval mode and is left as it was found. before_batch() is called before each.
     """
     was_training = model.training
     model.eval()
     counts = torch.zeros(3, dtype=torch.long, device=device)
     for tokens, mask, labels in batches:
-        if stop():
-            break
+        before_batch()
         if len(labels):
             labels = labels.to(device)
             total, mean = score(model, tokens.to(device), mask.to(device))

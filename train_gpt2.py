@@ -15,11 +15,15 @@ import functools
 import hashlib
 import math
 import os
+import pickle
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +33,11 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 import hellaswag
 from fineweb import SHARD_NAME, InputError, atomic_write, front_door, get_tokenizer, read_manifest
@@ -72,6 +81,8 @@ class TrainConfig:
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
+    max_bad_steps: int = 5  # stop after so many steps in a row without a finite loss and gradient
+    collective_timeout: int = 600  # seconds until ranks that wait for a dead or hung one give up
 
 
 PRESETS = {
@@ -81,9 +92,9 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),  # 1558M
     "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128,
-        sequence_length=128, total_batch_size=2048, micro_batch_size=16, max_steps=120, warmup_steps=10, max_lr=3e-3,
-        val_every=30, val_tokens=32768, hellaswag_every=0, sample_every=120, sample_prompt="Return the",
-        checkpoint_every=60,
+        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=240, warmup_steps=20, max_lr=3e-3,
+        val_every=60, val_tokens=32768, hellaswag_every=0, sample_every=240, sample_prompt="Return the",
+        checkpoint_every=120,
     ),
 }  # fmt: skip
 
@@ -103,7 +114,8 @@ def check_config(c, world_size):
     """Raise InputError, with the remedy, for a TrainConfig that cannot run."""
     at_least = {"n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1, "sequence_length": 1, "total_batch_size": 1,
                 "micro_batch_size": 1, "max_steps": 0, "warmup_steps": 0, "val_every": 0, "hellaswag_every": 0,
-                "sample_every": 0, "checkpoint_every": 0, "keep_checkpoints": 2}  # fmt: skip
+                "sample_every": 0, "checkpoint_every": 0, "keep_checkpoints": 2, "max_bad_steps": 1,
+                "collective_timeout": 1}  # fmt: skip
     one_of = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float16", "float32")}
     for name, least in at_least.items():
         if getattr(c, name) < least:
@@ -228,7 +240,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, x):
-        """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, autocast's type in training."""
+        """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, in training autocast's type."""
         if self.training:
             return self.lm_head(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -364,19 +376,19 @@ class DataLoaderLite:
     ):
         self.B, self.T, self.process_rank, self.num_processes = B, T, process_rank, num_processes
         self.split, self.seed = split, seed
-        paths = find_shards(data_root, split)
-        self.shards = [open_shard(path) for path in paths]
+        self.paths = find_shards(data_root, split)
+        self.shards = [open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])  # where each one ends in the stream
         self.num_rows = int(self.ends[-1] - 1) // T
         if self.num_rows == 0:
             raise InputError(
                 f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for a sequence of {T} and its target"
             )
-        for i in range(process_rank, len(paths), num_processes):  # the ranks share the reading
+        for i in range(process_rank, len(self.paths), num_processes):  # the ranks share the reading
             if self.shards[i].max() >= vocab_size:
                 at = int(np.argmax(self.shards[i] >= vocab_size))
                 raise InputError(
-                    f"{paths[i]} has token id {self.shards[i][at]} at offset {at}, not below vocab_size {vocab_size}: "
+                    f"{self.paths[i]} has token id {self.shards[i][at]} at offset {at}, not below vocab_size {vocab_size}: "
                     "it is damaged or made with another tokenizer, build it again"
                 )
         self.reset()
@@ -387,6 +399,12 @@ class DataLoaderLite:
     def seek(self, position):
         """Continue after `position` rows, counted over all ranks and epochs."""
         self.position, self.epoch = position, None
+
+    def describe(self):
+        """What tells these shards from others: their token counts by name, and their hashes where a manifest has them."""
+        manifest = read_manifest(self.paths[0].parent) or {"shards": []}
+        hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+        return {p.name: [len(shard), hashes.get(p.name)] for p, shard in zip(self.paths, self.shards, strict=True)}
 
     def row(self, number):
         """Row `number` of the run: T+1 token ids, uint16."""
@@ -432,12 +450,13 @@ def sum_over_ranks(tensor):
 
 
 @torch.no_grad()
-def evaluate_loss(model, loader, num_rows, device):
-    """The mean loss in nats per token over the first num_rows rows of the loader, whatever its B and number of ranks."""
+def evaluate_loss(model, loader, num_rows, device, before_batch=lambda: None):
+    """The mean loss in nats per token over the first num_rows rows of the loader, whatever its B and the ranks."""
     model.eval()
     loader.reset()
     total, count = torch.zeros((), device=device), 0
     while loader.position < num_rows:
+        before_batch()
         mine = min(loader.B, num_rows - loader.position - loader.process_rank * loader.B)  # rows that count
         x, y = loader.next_batch()
         if mine > 0:
@@ -473,7 +492,7 @@ def sample(model, prompt, device, seed, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# Never lose a run: checkpoints, exact resume, signals (a first reader can skip to "The machine")
 
 
 def save_checkpoint(path, keep, **contents):
@@ -485,7 +504,7 @@ def save_checkpoint(path, keep, **contents):
         torch.save(contents, file)
         size = file.seek(0, os.SEEK_END)
         file.seek(size - 2)
-        file.write(struct.pack("<H", 64))  # the last field of a zip archive: the length of its comment
+        file.write(struct.pack("<H", 64))  # the last field of a zip archive is the length of its comment
         file.write(sha256(file, size))
     for old in sorted(path.parent.glob("model_*.pt"))[:-keep]:
         old.unlink()
@@ -493,16 +512,19 @@ def save_checkpoint(path, keep, **contents):
 
 def load_checkpoint(path):
     """Read a checkpoint of save_checkpoint onto the CPU. Raises InputError where it is damaged or none."""
-    with open(path, "rb") as file:
-        size = max(0, file.seek(0, os.SEEK_END) - 64)
-        if sha256(file, size) != file.read():
-            raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        with open(path, "rb") as file:
+            size = max(0, file.seek(0, os.SEEK_END) - 64)
+            if sha256(file, size) != file.read():
+                raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)  # plain data: a pickle could run anything
+    except (OSError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot load {path}: {error}") from None
 
 
 def sha256(file, size):
-    """The hex digest of the first `size` bytes of a file, which stays at their end."""
+    """The hex digest of the first `size` bytes of a file, which is left at their end."""
     digest = hashlib.sha256()
     file.seek(0)
     while chunk := file.read(min(1 << 20, size - file.tell())):
@@ -514,12 +536,112 @@ def load_model(name):
     """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint."""
     if name in OPENAI_MODELS:
         return GPT.from_pretrained(name)
-    if not Path(name).is_file():
-        raise InputError(f"{name!r} is no checkpoint file, and none of {', '.join(OPENAI_MODELS)}")
     checkpoint = load_checkpoint(name)
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model
+
+
+def find_checkpoint(log_dir):
+    """The newest whole checkpoint of log_dir, by rank 0's word on every rank; None where there are none at all."""
+    chosen = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        paths = sorted(log_dir.glob("model_*.pt"), reverse=True)
+        for path in paths:
+            try:
+                load_checkpoint(path)
+                chosen = [path]
+                break
+            except InputError as error:
+                print(f"warning: {error}; falling back to the one before", flush=True)
+        else:
+            if paths:
+                raise InputError(
+                    f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup"
+                )
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return chosen[0] and load_checkpoint(chosen[0])
+
+
+def check_same_run(checkpoint, config, data):
+    """Raise InputError where a resumed run could not continue exactly; return the harmless changes as text."""
+    before, now = {**checkpoint["train_config"], "data": checkpoint["data"]}, {**asdict(config), "data": data}
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed"):
+        if before[name] != now[name]:
+            raise InputError(
+                f"cannot resume: the run has {name} {before[name]}, not {now[name]}. Give it that value again"
+            )
+    if before["data"] != data:
+        names = sorted(k for k in {*before["data"], *data} if before["data"].get(k) != data.get(k))
+        raise InputError(
+            f"cannot resume: the shards are not those that the run began with: {', '.join(names[:5])} differ"
+        )
+    schedule = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
+    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in schedule if before[name] != now[name])
+
+
+def cut_log(log_file, step):
+    """Keep the whole records of the steps before `step`: the resumed run writes the others again."""
+    if log_file.exists():
+        lines = log_file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < step]
+        with atomic_write(log_file) as file:
+            file.write("".join(kept).encode())
+
+
+@contextlib.contextmanager
+def run_lock(log_dir, rank):
+    """Hold log_dir for this run: a lock of the operating system on its file `lock`, gone when the process is."""
+    if rank != 0 or fcntl is None:
+        yield
+        return
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with open(log_dir / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InputError(
+                f"{log_dir}/ is being written by {file.read()}: wait for it, or stop it with kill"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for stale in log_dir.glob("*.tmp"):
+            stale.unlink()
+        yield
+
+
+class StopRun(Exception):
+    """Ends the run between two optimizer steps: main saves a checkpoint and says how to go on."""
+
+
+@contextlib.contextmanager
+def stop_signals(device):
+    """Yield check_stop(), which raises StopRun on all ranks together once any got SIGTERM or SIGINT or lost torchrun.
+
+    A second signal ends the process at once. One within a second is the first again: schedulers signal torchrun and
+    its workers, and torchrun passes it on.
+    """
+    caught, parent = [], os.getppid()
+
+    def on_signal(number, frame):
+        if caught and time.monotonic() - caught[0] > 1:
+            os._exit(128 + number)
+        caught.append(time.monotonic())
+
+    def check_stop():
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun was killed
+        if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
+            raise StopRun("stopped by a signal")
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check_stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
@@ -530,8 +652,12 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362,
 
 
 @contextlib.contextmanager
-def distributed(device):
-    """Join torchrun's process group, if there is one, and leave it in the end: (rank, local_rank, world_size, device)."""
+def distributed(device, timeout):
+    """Join torchrun's process group, where there is one, for the time of the run: (rank, local_rank, world_size, device).
+
+    A rank that dies or hangs ends the others' collectives, and with them the job, after `timeout` seconds; until the
+    first step is done after half an hour, since building, fetching and compiling take their time.
+    """
     rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -539,8 +665,8 @@ def distributed(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(**on_gpu)
+        on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(timeout=timedelta(seconds=max(1800, timeout)), **on_device)
     try:
         yield rank, local_rank, max(world_size, 1), device
     finally:
@@ -561,7 +687,7 @@ def choose_dtype(name, device):
 
 def choose_compile(wanted, device):
     if wanted is not False and device.type == "cuda" and not find_spec("triton"):
-        print("warning: torch.compile is off, because Triton is not installed; training takes about twice as long")
+        print("warning: torch.compile is off, because Triton is not installed: pip install triton")
         return False
     return device.type == "cuda" if wanted is None else wanted
 
@@ -584,7 +710,8 @@ def flops_per_token(model):
 
 def build_missing_data(source, data_dir, local_rank):
     """Have one process of each machine build a missing data_dir with fineweb.py while the others wait."""
-    if source and local_rank == 0 and not (Path(data_dir) / "manifest.json").exists():
+    manifest = read_manifest(data_dir)
+    if source and local_rank == 0 and not (manifest and manifest["complete"]):
         command = [sys.executable, str(Path(__file__).with_name("fineweb.py")), "--source", source, "--out", data_dir]
         print(f"{data_dir}/ is missing, building it: python fineweb.py {' '.join(command[2:])}", flush=True)
         if subprocess.run(command).returncode:
@@ -606,6 +733,10 @@ def load_hellaswag(rank, local_rank, world_size, device):
     return None
 
 
+def due(step, every, max_steps):
+    return every > 0 and (step % every == 0 or step == max_steps)
+
+
 def main(config):
     """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
 
@@ -613,11 +744,16 @@ def main(config):
     """
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
-    if config.init_from != "resume" and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
+    resuming = config.init_from == "resume" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
         raise InputError(
-            f"{log_dir}/ already holds a run: continue it with --init_from resume, choose another --log_dir, or delete it"
+            f"{log_dir}/ already holds a run: go on with --init_from resume, delete it, or choose another --log_dir"
         )
-    with distributed(config.device) as (rank, local_rank, world_size, device):
+    with (
+        distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
+        stop_signals(device) as check_stop,
+        run_lock(log_dir, rank),
+    ):
 
         def log(message, record=None):
             """Print the message on rank 0, and append the record to log.txt."""
@@ -629,25 +765,32 @@ def main(config):
 
         # data
         B, T = config.micro_batch_size, config.sequence_length
-        grad_accum_steps = config.total_batch_size // (B * T * world_size)
+        rows_per_step = config.total_batch_size // T
+        grad_accum_steps = rows_per_step // (B * world_size)
         build_missing_data(config.data_source, config.data_dir, local_rank)
         train_loader, val_loader = (
             DataLoaderLite(B, T, rank, world_size, split, config.data_dir, config.vocab_size, config.seed)
             for split in ("train", "val")
         )
-        if train_loader.num_rows < config.total_batch_size // T:
+        if train_loader.num_rows < rows_per_step:
             raise InputError(
-                f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens, too few for one step of "
-                f"{config.total_batch_size // T}: build more data, or lower total_batch_size"
+                f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens, too few for one step "
+                f"of {rows_per_step}: build more data, or lower total_batch_size"
             )
+        data = {**train_loader.describe(), **val_loader.describe()}
         val_rows = max(1, min(config.val_tokens // T, val_loader.num_rows))
         hella = load_hellaswag(rank, local_rank, world_size, device) if config.hellaswag_every else None
 
-        # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation, `model`
-        # for the changing ones of HellaSwag and sampling, each of which would compile anew
+        # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation,
+        # `model` for the changing ones of HellaSwag and sampling, each of which would compile anew
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-        if config.init_from in ("scratch", "resume"):
+        checkpoint = find_checkpoint(log_dir) if resuming else None
+        if checkpoint:
+            changes = check_same_run(checkpoint, config, data)
+            model = GPT(GPTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+        elif config.init_from in ("scratch", "resume"):
             model = GPT(GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd))
         else:
             model = load_model(config.init_from)
@@ -662,81 +805,120 @@ def main(config):
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
         peak = next((value for name, value in PEAK_TFLOPS.items() if name in gpu), None)
         log(
-            f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {gpu}, {dtype}, compile "
-            f"{'off' if compiled is model else 'on'}, torch {torch.__version__}\n{config.max_steps} steps of "
-            f"{config.total_batch_size:,} tokens, on each rank {grad_accum_steps} micro-batches of {B} x {T}"
-            + (
-                f"\nMFU counts 6N + 6LCT operations a token against {peak} TFLOP/s, the datasheet's peak"
-                if peak
-                else ""
-            )
+            f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {gpu}, {dtype}, "
+            f"compile {'off' if compiled is model else 'on'}, torch {torch.__version__}\n"
+            f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {grad_accum_steps} micro-batches of "
+            f"{B} x {T} on each rank" + (f"\nMFU is 6N + 6LCT a token over {peak} TFLOP/s (datasheet)" if peak else "")
         )
-        log_dir.mkdir(parents=True, exist_ok=True)
+        first_step, bad_steps, val_loss, metrics = 0, 0, None, {}
+        if checkpoint:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+            torch.set_rng_state(checkpoint["random_states"][0])
+            first_step, bad_steps, val_loss = checkpoint["step"], checkpoint["bad_steps"], checkpoint["val_loss"]
+            train_loader.seek(first_step * rows_per_step)
+            log(f"resuming at step {first_step}" + (f", with {changes}" if changes else ""))
+        elif resuming:
+            log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
+        if rank == 0:
+            cut_log(log_file, first_step)
+        del checkpoint
 
-        metrics = {}
-        for step in range(config.max_steps + 1):  # inclusive: what the last update made is evaluated and saved too
-            last_step = step == config.max_steps
-            due = {name: every > 0 and (step % every == 0 or last_step) for name, every in (
-                ("val", config.val_every), ("hella", config.hellaswag_every),
-                ("sample", config.sample_every), ("save", config.checkpoint_every),
-            )}  # fmt: skip
-            if due["val"]:
-                with autocast():
-                    metrics["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device)
-                log(f"step {step:5d} | val loss {metrics['val_loss']:.4f}", f"{step} val {metrics['val_loss']:.4f}")
-            if due["hella"] and hella is not None:
-                with autocast():
-                    right, right_norm, total = sum_over_ranks(hellaswag.evaluate(model, hella, device)).tolist()
-                metrics["hella"] = right_norm / total
-                log(f"step {step:5d} | HellaSwag {right_norm}/{total}", f"{step} hella {metrics['hella']:.4f}")
-            if due["sample"] and rank == 0:
-                with autocast():
-                    for text in sample(model, config.sample_prompt, device, config.seed):
-                        log(f"step {step:5d} | sample {text!r}")
-            if due["save"] and step > 0 and rank == 0:
-                path = log_dir / f"model_{step:05d}.pt"
+        def save(step):
+            """Save a checkpoint on rank 0; where that fails, say so and go on with the old ones. Returns success."""
+            path = log_dir / f"model_{step:05d}.pt"
+            if rank != 0:
+                return True
+            try:
                 save_checkpoint(
-                    path, config.keep_checkpoints, step=step, val_loss=metrics.get("val_loss"), model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=asdict(model.config),
-                    train_config=asdict(config), random_states=[torch.get_rng_state(), torch.cuda.get_rng_state_all()],
+                    path, config.keep_checkpoints, step=step, val_loss=val_loss, bad_steps=bad_steps, data=data,
+                    model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                    config=asdict(model.config), train_config=asdict(config), random_states=[torch.get_rng_state()],
                 )  # fmt: skip
-                log(f"step {step:5d} | saved {path}")
-            if last_step:
-                break
+            except (OSError, RuntimeError) as error:  # torch wraps some of the former
+                log(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}")
+                return False
+            log(f"step {step:5d} | saved {path}")
+            return True
 
-            # one optimizer step: the gradients of the micro-batches add up to that of the whole batch
-            start = time.perf_counter()
-            loss_sum = torch.zeros((), device=device)
-            for micro_step in range(grad_accum_steps):
-                x, y = (to_device(t, device) for t in train_loader.next_batch())
-                if world_size > 1:  # DDP reads this in its forward: only the last backward synchronizes
-                    trained.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-                with autocast():
-                    _, loss = trained(x, y, return_logits=False)
-                loss = loss / grad_accum_steps
-                scaler.scale(loss).backward()
-                loss_sum += loss.detach()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            lr = get_lr(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            metrics["train_loss"] = sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
+        try:
+            for step in range(first_step, config.max_steps + 1):  # inclusive: the last weights are evaluated and saved
+                check_stop()
+                if bad_steps >= config.max_bad_steps:
+                    raise StopRun(
+                        f"the loss or gradient was not finite in {bad_steps} steps in a row, the last of them step "
+                        f"{step - 1}: try a lower max_lr, a longer warm-up, or --dtype float32"
+                    )
+                if due(step, config.val_every, config.max_steps):
+                    with autocast():
+                        val_loss = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
+                    log(f"step {step:5d} | val loss {val_loss:.4f}", f"{step} val {val_loss:.4f}")
+                if hella is not None and due(step, config.hellaswag_every, config.max_steps):
+                    with autocast():
+                        counts = sum_over_ranks(hellaswag.evaluate(model, hella, device, check_stop))
+                    _, right, total = counts.tolist()
+                    metrics["hella"] = right / total
+                    log(f"step {step:5d} | HellaSwag {right}/{total}", f"{step} hella {right / total:.4f}")
+                if rank == 0 and due(step, config.sample_every, config.max_steps):
+                    with autocast():
+                        for text in sample(model, config.sample_prompt, device, config.seed):
+                            log(f"step {step:5d} | sample {text!r}")
+                last_step = step == config.max_steps
+                if step > first_step and due(step, config.checkpoint_every, config.max_steps):
+                    if not save(step) and last_step:
+                        raise InputError("the last checkpoint could not be saved: make room and resume")
+                if last_step:
+                    break
 
-            seconds = time.perf_counter() - start
-            speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
-            mfu = f"MFU {speed * flops_per_token(model) / (world_size * peak * 1e12):.1%} | " if peak else ""
+                # one optimizer step: the gradients of the micro-batches add up to that of the whole batch
+                start = time.perf_counter()
+                loss_sum = torch.zeros((), device=device)
+                for micro_step in range(grad_accum_steps):
+                    x, y = (to_device(t, device) for t in train_loader.next_batch())
+                    if world_size > 1:  # DDP reads this in its forward: only the last backward synchronizes
+                        trained.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+                    with autocast():
+                        _, loss = trained(x, y, return_logits=False)
+                    loss = loss / grad_accum_steps
+                    scaler.scale(loss).backward()
+                    loss_sum += loss.detach()
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+                lr = get_lr(step, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss = sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
+                # a NaN would stay in AdamW's moments for good. All ranks see the same sums and agree; float16 overflows
+                # now and then by design, which the scaler handles
+                finite = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm.item()))
+                if finite:
+                    scaler.step(optimizer)
+                    scaler.update()
+                bad_steps = 0 if finite else bad_steps + 1
+                optimizer.zero_grad()
+                seconds = time.perf_counter() - start
+
+                speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
+                mfu = f" | MFU {speed * flops_per_token(model) / (world_size * peak * 1e12):.1%}" if peak else ""
+                log(
+                    f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+                    f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | "
+                    f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left{'' if finite else ' | UPDATE SKIPPED, not finite'}",
+                    f"{step} train {loss:.6f}",
+                )
+                metrics["train_loss"] = loss
+                if step == first_step and dist.is_initialized():
+                    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.collective_timeout))
+        except StopRun as reason:
+            save(step)
+            log(f"{reason}. To go on, give the same command with --init_from resume")
+            if bad_steps >= config.max_bad_steps:
+                raise InputError(str(reason)) from None
+        else:
             log(
-                f"step {step:5d}/{config.max_steps} | loss {metrics['train_loss']:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
-                f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s | {mfu}{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left",
-                f"{step} train {metrics['train_loss']:.6f}",
+                f"done: log and checkpoints are in {log_dir}/. Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt"
             )
-
-        log(f"done: log and checkpoints are in {log_dir}/")
-        return {"step": step, **metrics}
+        return {"step": step, "val_loss": val_loss, **metrics}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags_of, read_log, run, write_shards
+
+import train_gpt2
+from fineweb import InputError
+from train_gpt2 import TrainConfig, main, parse_args
+
+
+def losses(log, kind):
+    return {int(step): float(value) for step, value in re.findall(rf"^(\d+) {kind} (\S+)$", log, re.M)}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_leaves_its_log_and_checkpoints(tiny, tmp_path, capsys):
+    metrics = main(tiny(max_steps=21, keep_checkpoints=2))
+    log = read_log(tmp_path / "log")
+    assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in log.splitlines())
+    train, val = losses(log, "train"), losses(log, "val")
+    assert list(train) == list(range(21)) and list(val) == [0, 5, 10, 15, 20, 21]  # the weights of the last update too
+    assert val[21] < val[0] - 1 and metrics["step"] == 21 and abs(metrics["val_loss"] - val[21]) < 1e-4
+    assert sorted(p.name for p in (tmp_path / "log").glob("*.pt")) == ["model_00020.pt", "model_00021.pt"]
+    checkpoint = load(tmp_path / "log" / "model_00021.pt")
+    assert checkpoint["step"] == 21 and checkpoint["val_loss"] == metrics["val_loss"]
+    assert checkpoint["config"]["n_layer"] == 2 and checkpoint["train_config"]["max_steps"] == 21
+    assert {"model", "optimizer", "random_states"} <= set(checkpoint)
+    model = train_gpt2.load_model(str(tmp_path / "log" / "model_00021.pt"))
+    loader = train_gpt2.DataLoaderLite(4, 32, 0, 1, "val", data_root=tmp_path / "data")
+    val_loss = train_gpt2.evaluate_loss(model, loader, 31, torch.device("cpu"))
+    assert val_loss == pytest.approx(metrics["val_loss"], abs=1e-5)
+    out = capsys.readouterr().out
+    assert re.search(r"step +20/21 \| loss .* \| lr .* \| norm .* \| .* ms \| .* tok/s", out)
+
+
+def test_the_same_seed_gives_the_same_log_bit_for_bit(tiny, tmp_path):
+    for name in "ab":
+        main(tiny(log_dir=str(tmp_path / name)))
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+    main(tiny(log_dir=str(tmp_path / "c"), seed=1))
+    assert read_log(tmp_path / "a") != read_log(tmp_path / "c")
+
+
+def test_micro_batch_size_changes_nothing(tiny, tmp_path):
+    for size in (1, 16):
+        main(tiny(log_dir=str(tmp_path / str(size)), micro_batch_size=size))
+    for kind in ("train", "val"):
+        one, sixteen = (losses(read_log(tmp_path / d), kind) for d in ("1", "16"))
+        assert one == pytest.approx(sixteen, abs=1e-4 if kind == "val" else 1e-5)
+
+
+def test_two_ranks_equal_one(tiny, tmp_path):
+    main(tiny(log_dir=str(tmp_path / "one"), micro_batch_size=4))
+    config = tiny(log_dir=str(tmp_path / "two"), micro_batch_size=2)  # 4 micro-batches on each of 2 ranks
+    result = run("train_gpt2.py", *flags_of(config), ranks=2)
+    assert result.returncode == 0, result.stdout
+    for kind, count, tolerance in (("train", 20, 1e-5), ("val", 5, 1.01e-4)):
+        one, two = (losses(read_log(tmp_path / d), kind) for d in ("one", "two"))
+        assert len(one) == count and two == pytest.approx(one, abs=tolerance)
+    a, b = (load(tmp_path / d / "model_00020.pt")["model"] for d in ("one", "two"))
+    assert all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
+    assert "Warning" not in result.stdout and "destroy_process_group" not in result.stdout
+
+
+PROBE = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import train_gpt2
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+syncs, clip = [], torch.nn.utils.clip_grad_norm_
+
+def count(state, bucket):  # the communication hook runs once a bucket and synchronization
+    syncs[-1] += bucket.is_last()
+    return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+class Probe(DDP):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(None, count)
+        syncs.append(0)
+
+def check(parameters, *args, **kwargs):
+    parameters = list(parameters)
+    for p in parameters:
+        both = [torch.empty_like(p) for _ in range(2)]
+        dist.all_gather(both, p.grad.contiguous())
+        assert torch.equal(*both)
+    assert syncs[-1] == 1, syncs
+    syncs.append(0)
+    return clip(parameters, *args, **kwargs)
+
+train_gpt2.DistributedDataParallel = Probe
+torch.nn.utils.clip_grad_norm_ = check
+train_gpt2.main(train_gpt2.parse_args())
+assert len(syncs) == 21
+print("rank", dist.is_initialized(), "checked", len(syncs) - 1, "steps")
+"""
+
+
+def test_gradients_are_equal_on_both_ranks_and_synchronized_once_a_step(tiny, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE.format(root=str(ROOT)))
+    result = run(probe, *flags_of(tiny()), ranks=2)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("rank False checked 20 steps") == 2  # and the process group was left
+
+
+def test_validation_is_the_same_for_every_batch_and_number_of_ranks(tiny, tmp_path):
+    main(tiny(max_steps=0))
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(32, 512, 2, 2, 32))
+    cpu = torch.device("cpu")
+    expected = None
+    for B in (1, 3, 8, 64):
+        loader = train_gpt2.DataLoaderLite(B, 32, 0, 1, "val", data_root=tmp_path / "data")
+        value = train_gpt2.evaluate_loss(model, loader, 31, cpu)
+        expected = expected or value
+        assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_init_from_a_checkpoint_starts_with_its_weights(tiny, tmp_path):
+    main(tiny())
+    checkpoint = str(tmp_path / "log" / "model_00020.pt")
+    main(tiny(log_dir=str(tmp_path / "tuned"), init_from=checkpoint, max_steps=1))
+    first, before = losses(read_log(tmp_path / "tuned"), "val")[0], losses(read_log(tmp_path / "log"), "val")[20]
+    assert first == before
+    assert load(tmp_path / "tuned" / "model_00001.pt")["config"] == load(checkpoint)["config"]
+
+
+def test_bfloat16_and_compile_off_by_default_on_cpu(tiny, tmp_path, capsys):
+    main(tiny(dtype="bfloat16"))
+    assert "bfloat16, compile off" in capsys.readouterr().out
+    assert losses(read_log(tmp_path / "log"), "val")[20] < 5.5
+
+
+def test_flags_override_the_preset_and_the_preset_the_defaults():
+    assert parse_args([]) == TrainConfig()
+    config = parse_args(["--preset", "demo", "--max_steps", "7", "--no-compile"])
+    assert (config.n_embd, config.max_steps, config.compile, config.vocab_size) == (128, 7, False, 50304)
+    assert parse_args(["--preset", "gpt2-xl"]).n_layer == 48
+
+
+REFUSALS = {
+    "n_embd 32 is not divisible by n_head 3: these n_head fit: [1, 2, 4": ["--n_head=3"],
+    "these micro-batch sizes fit: [1, 2, 4, 8, 16]": ["--micro_batch_size=5"],
+    "no micro-batch size fits": ["--total_batch_size=500"],
+    "n_layer is 0: it must be 1 or more": ["--n_layer=0"],
+    "dtype is 'int8'": ["--dtype=int8"],
+    "device is cuda, but": ["--device=cuda"],
+    "is no file and none of scratch": ["--init_from=gpt5"],
+    "is damaged, or no checkpoint": [f"--init_from={ROOT / 'README.md'}"],
+    "needs --sample_every 0": ["--sample_every=5"],
+    "keep_checkpoints is 1": ["--keep_checkpoints=1"],
+    "python fineweb.py": ["--data_dir=nowhere"],
+    "too few for one step": ["--total_batch_size=32768"],
+    "not below vocab_size 300": ["--vocab_size=300"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals_name_the_remedy_and_write_nothing(message, tiny, tmp_path):
+    if message.startswith("device is cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    config = parse_args([*flags_of(tiny()), *REFUSALS[message]])
+    with pytest.raises(InputError) as error:
+        main(config)
+    assert message in str(error.value)
+    assert not (tmp_path / "log").exists()
+
+
+def test_the_front_door_exits_with_2_and_no_traceback(tiny, tmp_path):
+    result = run("train_gpt2.py", *flags_of(tiny(), n_head=3))
+    assert result.returncode == 2 and result.stdout.startswith("error: n_embd") and "Traceback" not in result.stdout
+    for flags in (["--preset=gpt3"], ["--max_step=3"]):
+        result = run("train_gpt2.py", *flags)
+        assert result.returncode == 2 and "Traceback" not in result.stdout
+    result = run("train_gpt2.py", *flags_of(tiny(), data_dir=str(tmp_path / "nowhere")), ranks=2)
+    assert result.returncode == 1 and "error: no *_train_*.npy shards" in result.stdout
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_log_dir_that_holds_a_run_is_refused(tiny, tmp_path):
+    main(tiny(max_steps=1))
+    before = read_log(tmp_path / "log")
+    with pytest.raises(InputError, match="--init_from resume"):
+        main(tiny(max_steps=1))
+    assert read_log(tmp_path / "log") == before
+
+
+def test_unfinished_shards_are_refused(tiny, tmp_path):
+    (tmp_path / "data" / "manifest.json").write_text('{"complete": false}')
+    with pytest.raises(InputError, match="unfinished"):
+        main(tiny())
+
+
+def test_missing_hellaswag_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    import hellaswag
+
+    write_shards(tmp_path / "data", [1500, 5000])
+    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "hellaswag")
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/{split}")
+    config = TrainConfig(**{**TINY, "vocab_size": 50304, "hellaswag_every": 1, "max_steps": 2,
+                            "data_dir": str(tmp_path / "data"), "log_dir": str(tmp_path / "log")})  # fmt: skip
+    main(config)
+    out = capsys.readouterr().out
+    assert out.count("going on without HellaSwag: cannot fetch") == 1 and "saved" in out
+
+
+def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
+    import json
+
+    import hellaswag
+    from test_hellaswag import make_items
+
+    write_shards(tmp_path / "data", [1500, 5000])
+    (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
+    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path)
+    config = TrainConfig(**{**TINY, "vocab_size": 50304, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 3,
+                            "sample_every": 3, "data_dir": str(tmp_path / "data"), "log_dir": str(tmp_path / "log")})  # fmt: skip
+    metrics = main(config)
+    hella = losses(read_log(tmp_path / "log"), "hella")
+    assert list(hella) == [0, 2, 3] and hella[3] == pytest.approx(metrics["hella"], abs=1e-4)
+    out = capsys.readouterr().out
+    assert len(re.findall(r"step +0 \| sample", out)) == 3 == len(re.findall(r"step +3 \| sample", out))
+
+
+def test_importing_touches_nothing(tmp_path):
+    script = f"""
+import sys, os, socket
+sys.path.insert(0, {str(ROOT)!r})
+sys.dont_write_bytecode = True
+import numpy, torch, torch.distributed
+opened, before = [], set(sys.modules)
+sys.addaudithook(lambda event, args: opened.append(args) if event == "socket.connect" or (
+    event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")) else None)
+import fineweb, hellaswag, train_gpt2
+assert not opened, opened
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+heavy = {{"datasets", "transformers", "tiktoken", "tqdm", "pyarrow", "matplotlib"}} & (set(sys.modules) - before)
+assert not heavy, heavy
+assert os.listdir() == []
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
