@@ -13,7 +13,6 @@ beside them says what they were made from, with the token count and sha256 of ea
 import argparse
 import ast
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -30,67 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.common import EOT, SHARD_NAME, InputError, atomic_write, front_door, get_tokenizer, read_manifest
+
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
-EOT = 50256  # <|endoftext|>, the one special token of GPT-2
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
 TEXT_SUFFIXES = {".parquet", ".jsonl", ".txt"}
-
-# -----------------------------------------------------------------------------
-# What all three scripts share: errors for the user, files that are never half-written, the tokenizer
-
-
-class InputError(ValueError):
-    """Something that the user can put right. The message says what was found, what was expected and what to do."""
-
-
-def front_door(run, *args):
-    """Call run(*args); an InputError becomes its message on stderr and exit code 2, without a traceback."""
-    try:
-        return run(*args)
-    except InputError as error:
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Open path for writing bytes such that, whatever happens, it holds its old content or all of the new one."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the rename itself is durable only once the folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@functools.cache
-def get_tokenizer():
-    """The GPT-2 BPE as a tiktoken.Encoding, from assets/: tiktoken's own is a download, and clusters are offline."""
-    import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=load_tiktoken_bpe(
-            str(Path(__file__).parent / "assets" / "gpt2.tiktoken"),
-            expected_hash="306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-        ),
-        special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=50257,
-    )
-
 
 # -----------------------------------------------------------------------------
 # Sources: each yields documents as str (None where a row of a table has no text)
@@ -134,7 +77,7 @@ def file_documents(path):
                         yield json.loads(line.decode("utf-8"))["text"]
                     except (ValueError, KeyError, TypeError) as error:
                         raise InputError(
-                            f'{path}, line {number} is no JSON object with a "text" string: {error!r}; mend or delete it'
+                            f'{path}, line {number} has no "text" string: {error!r}; mend it or delete it'
                         ) from None
         else:
             yield path.read_bytes().decode("utf-8")
@@ -243,12 +186,6 @@ def pack(arrays, shard_size):
                 filled = 0
     if filled:
         yield buffer[:filled]
-
-
-def read_manifest(folder):
-    """The manifest of a folder of shards, or None where it has none (shards made by other tools)."""
-    path = Path(folder) / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def build(source, out, shard_size=100_000_000, workers=None, start_method=None):

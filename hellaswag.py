@@ -19,20 +19,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from fineweb import InputError, atomic_write, front_door, get_tokenizer
+from tools.common import InputError, atomic_write, front_door, get_tokenizer
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
 VAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
-def path_of(split):
-    return FOLDER / f"hellaswag_{split}.jsonl"
-
-
 def fetch(split):
     """Return the path of hellaswag/hellaswag_{split}.jsonl, downloading it (12 MB) where it is not there yet."""
-    path = path_of(split)
+    path = FOLDER / f"hellaswag_{split}.jsonl"
     if not path.exists():
         url = URL.format(split=split)
         try:

@@ -12,13 +12,8 @@ The data come from fineweb.py, the HellaSwag score from hellaswag.py.
 import argparse
 import contextlib
 import functools
-import hashlib
 import math
 import os
-import pickle
-import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -34,13 +29,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 import hellaswag
-from fineweb import SHARD_NAME, InputError, atomic_write, front_door, get_tokenizer, read_manifest
+from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
+from tools.durable import StopRun, cut_log, find_checkpoint, load_checkpoint, save_checkpoint, stop_signals
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -81,7 +72,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
-    max_bad_steps: int = 5  # stop after so many steps in a row without a finite loss and gradient
+    max_nonfinite: int = 5  # stop after so many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds until ranks that wait for a dead or hung one give up
 
 
@@ -112,38 +103,38 @@ def parse_args(argv=None):
 
 def check_config(c, world_size):
     """Raise InputError, with the remedy, for a TrainConfig that cannot run."""
-    at_least = {"n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1, "sequence_length": 1, "total_batch_size": 1,
-                "micro_batch_size": 1, "max_steps": 0, "warmup_steps": 0, "val_every": 0, "hellaswag_every": 0,
-                "sample_every": 0, "checkpoint_every": 0, "keep_checkpoints": 2, "max_bad_steps": 1,
-                "collective_timeout": 1}  # fmt: skip
-    one_of = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float16", "float32")}
-    for name, least in at_least.items():
-        if getattr(c, name) < least:
-            raise InputError(f"{name} is {getattr(c, name)}: it must be {least} or more")
-    for name, choices in one_of.items():
-        if getattr(c, name) not in choices:
-            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {', '.join(choices)}")
-    if c.n_embd % c.n_head:
-        fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
-        raise InputError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
+
+    def refuse_if(bad, message):
+        if bad:
+            raise InputError(message)
+
+    for field in fields(c):
+        least = {"keep_checkpoints": 2}.get(field.name, 0 if field.name.endswith(("_every", "_steps", "seed")) else 1)
+        value = getattr(c, field.name)
+        refuse_if(field.type is int and value < least, f"{field.name} is {value}: it must be {least} or more")
+    for name, choices in (("device", "auto cuda mps cpu"), ("dtype", "auto bfloat16 float16 float32")):
+        value = getattr(c, name)
+        refuse_if(value not in choices.split(), f"{name} is {value!r}: it must be one of {choices}")
+    fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
+    refuse_if(c.n_embd % c.n_head, f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
     rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # sequences of each rank in a step
-    if rest or rows % c.micro_batch_size:
-        fit = [n for n in range(1, rows + 1) if rest == 0 and rows % n == 0]
-        raise InputError(
-            f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
-            f"sequence_length {c.sequence_length} x {world_size} ranks: "
-            + (f"these micro-batch sizes fit: {fit}" if fit else "no micro-batch size fits, change one of the others")
-        )
-    if c.init_from not in ("scratch", "resume", *OPENAI_MODELS) and not Path(c.init_from).is_file():
-        raise InputError(
-            f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(OPENAI_MODELS)}"
-        )
-    if c.vocab_size < 50257 and (c.sample_every or c.hellaswag_every):
-        raise InputError(
-            f"vocab_size {c.vocab_size} is less than GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0"
-        )
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
+    fit = [n for n in range(1, rows + 1) if rows % n == 0 and rest == 0]
+    refuse_if(
+        c.micro_batch_size not in fit,
+        f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
+        f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}",
+    )
+    known = c.init_from in ("scratch", "resume", *OPENAI_MODELS) or Path(c.init_from).is_file()
+    refuse_if(
+        not known, f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(OPENAI_MODELS)}"
+    )
+    text = c.sample_every or c.hellaswag_every
+    refuse_if(
+        c.vocab_size < 50257 and text,
+        f"vocab_size {c.vocab_size} is below GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0",
+    )
+    no_gpu = c.device == "cuda" and not torch.cuda.is_available()
+    refuse_if(no_gpu, "device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
 
 
 # -----------------------------------------------------------------------------
@@ -240,7 +231,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, x):
-        """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, in training autocast's type."""
+        """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, else autocast's type."""
         if self.training:
             return self.lm_head(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -330,39 +321,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # Data
 
 
-def find_shards(data_root, split):
-    """The paths of a split's shards in name order. Raises InputError where there are none."""
-    root = Path(data_root)
-    paths = sorted(root.iterdir()) if root.is_dir() else []
-    paths = [path for path in paths if (m := SHARD_NAME.fullmatch(path.name)) and m["split"] == split]
-    if not paths:
-        raise InputError(
-            f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB download), "
-            "or try python train_gpt2.py --preset demo"
-        )
-    manifest = read_manifest(root)
-    if manifest and not manifest["complete"]:
-        raise InputError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
-    return paths
-
-
-def open_shard(path):
-    """Memory-map a shard: a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16)."""
-    try:
-        if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            header = np.fromfile(path, "<i4", 256)
-            tokens = np.memmap(path, "<u2", mode="r", offset=1024)
-            if len(header) < 3 or tuple(header[:3]) != (20240520, 1, len(tokens)):
-                raise ValueError(f"its header {header[:3]} should be 20240520, 1 and its {len(tokens)} tokens")
-        if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
-            raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
-    return tokens
-
-
 class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
@@ -388,8 +346,8 @@ class DataLoaderLite:
             if self.shards[i].max() >= vocab_size:
                 at = int(np.argmax(self.shards[i] >= vocab_size))
                 raise InputError(
-                    f"{self.paths[i]} has token id {self.shards[i][at]} at offset {at}, not below vocab_size {vocab_size}: "
-                    "it is damaged or made with another tokenizer, build it again"
+                    f"{self.paths[i]} has token id {self.shards[i][at]} at offset {at}, not below vocab_size "
+                    f"{vocab_size}: it is damaged or made with another tokenizer, build it again"
                 )
         self.reset()
 
@@ -401,7 +359,7 @@ class DataLoaderLite:
         self.position, self.epoch = position, None
 
     def describe(self):
-        """What tells these shards from others: their token counts by name, and their hashes where a manifest has them."""
+        """What tells these shards from others: by name their token counts, and their hashes where a manifest has them."""
         manifest = read_manifest(self.paths[0].parent) or {"shards": []}
         hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         return {p.name: [len(shard), hashes.get(p.name)] for p, shard in zip(self.paths, self.shards, strict=True)}
@@ -492,44 +450,7 @@ def sample(model, prompt, device, seed, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
-# Never lose a run: checkpoints, exact resume, signals (a first reader can skip to "The machine")
-
-
-def save_checkpoint(path, keep, **contents):
-    """Write a checkpoint of plain data, whole or not at all; then remove all but the newest `keep` in its folder.
-
-    The file's sha256 stands at its end, as the comment of the zip archive that it is: torch.load checks nothing.
-    """
-    with atomic_write(path) as file:
-        torch.save(contents, file)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(size - 2)
-        file.write(struct.pack("<H", 64))  # the last field of a zip archive is the length of its comment
-        file.write(sha256(file, size))
-    for old in sorted(path.parent.glob("model_*.pt"))[:-keep]:
-        old.unlink()
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of save_checkpoint onto the CPU. Raises InputError where it is damaged or none."""
-    try:
-        with open(path, "rb") as file:
-            size = max(0, file.seek(0, os.SEEK_END) - 64)
-            if sha256(file, size) != file.read():
-                raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)  # plain data: a pickle could run anything
-    except (OSError, pickle.UnpicklingError) as error:
-        raise InputError(f"cannot load {path}: {error}") from None
-
-
-def sha256(file, size):
-    """The hex digest of the first `size` bytes of a file, which is left at their end."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(min(1 << 20, size - file.tell())):
-        digest.update(chunk)
-    return digest.hexdigest().encode()
+# Starting from a checkpoint (tools/durable.py writes, checks and finds them)
 
 
 def load_model(name):
@@ -542,106 +463,17 @@ def load_model(name):
     return model
 
 
-def find_checkpoint(log_dir):
-    """The newest whole checkpoint of log_dir, by rank 0's word on every rank; None where there are none at all."""
-    chosen = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        paths = sorted(log_dir.glob("model_*.pt"), reverse=True)
-        for path in paths:
-            try:
-                load_checkpoint(path)
-                chosen = [path]
-                break
-            except InputError as error:
-                print(f"warning: {error}; falling back to the one before", flush=True)
-        else:
-            if paths:
-                raise InputError(
-                    f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup"
-                )
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return chosen[0] and load_checkpoint(chosen[0])
-
-
 def check_same_run(checkpoint, config, data):
-    """Raise InputError where a resumed run could not continue exactly; return the harmless changes as text."""
-    before, now = {**checkpoint["train_config"], "data": checkpoint["data"]}, {**asdict(config), "data": data}
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed"):
-        if before[name] != now[name]:
+    """Raise InputError where the run could not be continued exactly. Returns what else was changed, as text."""
+    before, now = {**checkpoint["train_config"], **checkpoint["data"]}, {**asdict(config), **data}
+    fixed = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
+    for name in (*fixed, *sorted({*checkpoint["data"], *data})):
+        if before.get(name) != now.get(name):
             raise InputError(
-                f"cannot resume: the run has {name} {before[name]}, not {now[name]}. Give it that value again"
+                f"cannot resume: {name} was {before.get(name)} when the run began, it is {now.get(name)} now"
             )
-    if before["data"] != data:
-        names = sorted(k for k in {*before["data"], *data} if before["data"].get(k) != data.get(k))
-        raise InputError(
-            f"cannot resume: the shards are not those that the run began with: {', '.join(names[:5])} differ"
-        )
-    schedule = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
-    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in schedule if before[name] != now[name])
-
-
-def cut_log(log_file, step):
-    """Keep the whole records of the steps before `step`: the resumed run writes the others again."""
-    if log_file.exists():
-        lines = log_file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < step]
-        with atomic_write(log_file) as file:
-            file.write("".join(kept).encode())
-
-
-@contextlib.contextmanager
-def run_lock(log_dir, rank):
-    """Hold log_dir for this run: a lock of the operating system on its file `lock`, gone when the process is."""
-    if rank != 0 or fcntl is None:
-        yield
-        return
-    log_dir.mkdir(parents=True, exist_ok=True)
-    with open(log_dir / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise InputError(
-                f"{log_dir}/ is being written by {file.read()}: wait for it, or stop it with kill"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        for stale in log_dir.glob("*.tmp"):
-            stale.unlink()
-        yield
-
-
-class StopRun(Exception):
-    """Ends the run between two optimizer steps: main saves a checkpoint and says how to go on."""
-
-
-@contextlib.contextmanager
-def stop_signals(device):
-    """Yield check_stop(), which raises StopRun on all ranks together once any got SIGTERM or SIGINT or lost torchrun.
-
-    A second signal ends the process at once. One within a second is the first again: schedulers signal torchrun and
-    its workers, and torchrun passes it on.
-    """
-    caught, parent = [], os.getppid()
-
-    def on_signal(number, frame):
-        if caught and time.monotonic() - caught[0] > 1:
-            os._exit(128 + number)
-        caught.append(time.monotonic())
-
-    def check_stop():
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun was killed
-        if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
-            raise StopRun("stopped by a signal")
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield check_stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    free = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
+    return "".join(f", {name} {before[name]} -> {now[name]}" for name in free if before[name] != now[name])
 
 
 # -----------------------------------------------------------------------------
@@ -653,10 +485,10 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362,
 
 @contextlib.contextmanager
 def distributed(device, timeout):
-    """Join torchrun's process group, where there is one, for the time of the run: (rank, local_rank, world_size, device).
+    """Be in torchrun's process group, if there is one, for the time of the run: (rank, local_rank, world_size, device).
 
-    A rank that dies or hangs ends the others' collectives, and with them the job, after `timeout` seconds; until the
-    first step is done after half an hour, since building, fetching and compiling take their time.
+    Ranks that wait for a dead or hung one give up after `timeout` seconds, or half an hour if that is longer: building
+    data and compiling take their time. After the first step main shortens it to `timeout`.
     """
     rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device == "auto":
@@ -664,13 +496,13 @@ def distributed(device, timeout):
     device = torch.device(device, local_rank if device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if world_size:
         on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(timeout=timedelta(seconds=max(1800, timeout)), **on_device)
     try:
         yield rank, local_rank, max(world_size, 1), device
     finally:
-        if dist.is_initialized():
+        if world_size:
             dist.destroy_process_group()
 
 
@@ -687,7 +519,7 @@ def choose_dtype(name, device):
 
 def choose_compile(wanted, device):
     if wanted is not False and device.type == "cuda" and not find_spec("triton"):
-        print("warning: torch.compile is off, because Triton is not installed: pip install triton")
+        print("warning: torch.compile is off, because Triton is not installed: pip install triton", flush=True)
         return False
     return device.type == "cuda" if wanted is None else wanted
 
@@ -721,20 +553,16 @@ def build_missing_data(source, data_dir, local_rank):
 
 def load_hellaswag(rank, local_rank, world_size, device):
     """This rank's HellaSwag batches; None on all ranks, said once, where a machine has no copy and can fetch none."""
+    have = 1
     if local_rank == 0:
         try:
             hellaswag.fetch("val")
         except InputError as error:
+            have = 0
             print(f"going on without HellaSwag: {error}", flush=True)
-    wait_for_all()
-    have = torch.tensor(int(hellaswag.path_of("val").exists()), device=device)
-    if sum_over_ranks(have).item() == world_size:
-        return hellaswag.make_batches(hellaswag.iterate_examples("val"), rank, world_size)
-    return None
-
-
-def due(step, every, max_steps):
-    return every > 0 and (step % every == 0 or step == max_steps)
+    if sum_over_ranks(torch.tensor(have, device=device)).item() < world_size:
+        return None
+    return hellaswag.make_batches(hellaswag.iterate_examples("val"), rank, world_size)
 
 
 def main(config):
@@ -747,12 +575,12 @@ def main(config):
     resuming = config.init_from == "resume" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
         raise InputError(
-            f"{log_dir}/ already holds a run: go on with --init_from resume, delete it, or choose another --log_dir"
+            f"{log_dir}/ holds a run: go on with --init_from resume, delete it, or choose another --log_dir"
         )
     with (
         distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
         stop_signals(device) as check_stop,
-        run_lock(log_dir, rank),
+        contextlib.ExitStack() as held,
     ):
 
         def log(message, record=None):
@@ -774,9 +602,11 @@ def main(config):
         )
         if train_loader.num_rows < rows_per_step:
             raise InputError(
-                f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens, too few for one step "
-                f"of {rows_per_step}: build more data, or lower total_batch_size"
+                f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens, too few for one "
+                f"step of {rows_per_step}: build more data, or lower total_batch_size"
             )
+        if rank == 0:
+            held.enter_context(lock_folder(log_dir))
         data = {**train_loader.describe(), **val_loader.describe()}
         val_rows = max(1, min(config.val_tokens // T, val_loader.num_rows))
         hella = load_hellaswag(rank, local_rank, world_size, device) if config.hellaswag_every else None
@@ -785,11 +615,9 @@ def main(config):
         # `model` for the changing ones of HellaSwag and sampling, each of which would compile anew
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-        checkpoint = find_checkpoint(log_dir) if resuming else None
+        checkpoint = find_checkpoint(log_dir, rank) if resuming else None
         if checkpoint:
-            changes = check_same_run(checkpoint, config, data)
             model = GPT(GPTConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"])
         elif config.init_from in ("scratch", "resume"):
             model = GPT(GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd))
         else:
@@ -810,64 +638,54 @@ def main(config):
             f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {grad_accum_steps} micro-batches of "
             f"{B} x {T} on each rank" + (f"\nMFU is 6N + 6LCT a token over {peak} TFLOP/s (datasheet)" if peak else "")
         )
-        first_step, bad_steps, val_loss, metrics = 0, 0, None, {}
-        if checkpoint:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-            torch.set_rng_state(checkpoint["random_states"][0])
-            first_step, bad_steps, val_loss = checkpoint["step"], checkpoint["bad_steps"], checkpoint["val_loss"]
-            train_loader.seek(first_step * rows_per_step)
-            log(f"resuming at step {first_step}" + (f", with {changes}" if changes else ""))
-        elif resuming:
-            log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
-        if rank == 0:
-            cut_log(log_file, first_step)
-        del checkpoint
 
-        def save(step):
-            """Save a checkpoint on rank 0; where that fails, say so and go on with the old ones. Returns success."""
-            path = log_dir / f"model_{step:05d}.pt"
-            if rank != 0:
-                return True
-            try:
-                save_checkpoint(
-                    path, config.keep_checkpoints, step=step, val_loss=val_loss, bad_steps=bad_steps, data=data,
-                    model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    config=asdict(model.config), train_config=asdict(config), random_states=[torch.get_rng_state()],
-                )  # fmt: skip
-            except (OSError, RuntimeError) as error:  # torch wraps some of the former
-                log(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}")
-                return False
-            log(f"step {step:5d} | saved {path}")
-            return True
+        # what a checkpoint holds, and where the run goes on
+        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        state = {"step": 0, "nonfinite": 0, "val_loss": None}
+        facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
+        save = lambda: rank != 0 or save_checkpoint(log_dir, config.keep_checkpoints, parts, {**facts, **state})  # noqa: E731
+        if checkpoint:
+            changes = check_same_run(checkpoint, config, data)
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            state = {name: checkpoint[name] for name in state}
+            torch.set_rng_state(checkpoint["random_states"][0])
+            train_loader.seek(state["step"] * rows_per_step)
+        if resuming:
+            log(
+                f"resuming at step {state['step']}{changes}"
+                if checkpoint
+                else f"no checkpoint in {log_dir}/: starting at 0"
+            )
+        if rank == 0:
+            cut_log(log_file, state["step"])
+        first_step, metrics = state["step"], {}
+
+        def due(every):
+            return every > 0 and (state["step"] % every == 0 or state["step"] == config.max_steps)
 
         try:
             for step in range(first_step, config.max_steps + 1):  # inclusive: the last weights are evaluated and saved
+                state["step"] = step
                 check_stop()
-                if bad_steps >= config.max_bad_steps:
-                    raise StopRun(
-                        f"the loss or gradient was not finite in {bad_steps} steps in a row, the last of them step "
-                        f"{step - 1}: try a lower max_lr, a longer warm-up, or --dtype float32"
-                    )
-                if due(step, config.val_every, config.max_steps):
+                if state["nonfinite"] >= config.max_nonfinite:
+                    raise StopRun(f"loss or gradient not finite in {state['nonfinite']} steps up to step {step - 1}")
+                if due(config.val_every):
                     with autocast():
-                        val_loss = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
-                    log(f"step {step:5d} | val loss {val_loss:.4f}", f"{step} val {val_loss:.4f}")
-                if hella is not None and due(step, config.hellaswag_every, config.max_steps):
+                        state["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
+                    log(f"step {step:5d} | val loss {state['val_loss']:.4f}", f"{step} val {state['val_loss']:.4f}")
+                if hella is not None and due(config.hellaswag_every):
                     with autocast():
                         counts = sum_over_ranks(hellaswag.evaluate(model, hella, device, check_stop))
                     _, right, total = counts.tolist()
                     metrics["hella"] = right / total
                     log(f"step {step:5d} | HellaSwag {right}/{total}", f"{step} hella {right / total:.4f}")
-                if rank == 0 and due(step, config.sample_every, config.max_steps):
+                if rank == 0 and due(config.sample_every):
                     with autocast():
                         for text in sample(model, config.sample_prompt, device, config.seed):
                             log(f"step {step:5d} | sample {text!r}")
-                last_step = step == config.max_steps
-                if step > first_step and due(step, config.checkpoint_every, config.max_steps):
-                    if not save(step) and last_step:
-                        raise InputError("the last checkpoint could not be saved: make room and resume")
-                if last_step:
+                saved = not due(config.checkpoint_every) or step == first_step or save()
+                if step == config.max_steps:
                     break
 
                 # one optimizer step: the gradients of the micro-batches add up to that of the whole batch
@@ -883,42 +701,43 @@ def main(config):
                     scaler.scale(loss).backward()
                     loss_sum += loss.detach()
                 scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
                 lr = get_lr(step, config)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 loss = sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
-                # a NaN would stay in AdamW's moments for good. All ranks see the same sums and agree; float16 overflows
-                # now and then by design, which the scaler handles
-                finite = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm.item()))
+                # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same;
+                # float16 overflows now and then by design, and its scaler skips those updates
+                finite = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
                 if finite:
                     scaler.step(optimizer)
                     scaler.update()
-                bad_steps = 0 if finite else bad_steps + 1
                 optimizer.zero_grad()
-                seconds = time.perf_counter() - start
+                state["nonfinite"] = 0 if finite else state["nonfinite"] + 1
 
+                seconds = time.perf_counter() - start
                 speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
                 mfu = f" | MFU {speed * flops_per_token(model) / (world_size * peak * 1e12):.1%}" if peak else ""
                 log(
                     f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
                     f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | "
-                    f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left{'' if finite else ' | UPDATE SKIPPED, not finite'}",
+                    f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left"
+                    + ("" if finite else " | UPDATE SKIPPED, NOT FINITE"),
                     f"{step} train {loss:.6f}",
                 )
                 metrics["train_loss"] = loss
-                if step == first_step and dist.is_initialized():
+                if step == first_step and world_size > 1:
                     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.collective_timeout))
         except StopRun as reason:
-            save(step)
+            saved = save()
+            if state["nonfinite"] >= config.max_nonfinite:
+                raise InputError(f"{reason}: try a lower max_lr or --dtype float32, and --init_from resume") from None
             log(f"{reason}. To go on, give the same command with --init_from resume")
-            if bad_steps >= config.max_bad_steps:
-                raise InputError(str(reason)) from None
-        else:
-            log(
-                f"done: log and checkpoints are in {log_dir}/. Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt"
-            )
-        return {"step": step, "val_loss": val_loss, **metrics}
+        if not saved:
+            raise InputError(f"the last checkpoint could not be saved: make room for it in {log_dir}/ and resume")
+        if state["step"] == config.max_steps:
+            log(f"done. All is in {log_dir}/. Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt")
+        return {"step": state["step"], "val_loss": state["val_loss"], **metrics}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from conftest import run, write_shards
 
 import hellaswag
-from fineweb import InputError
+from tools.common import InputError
 from train_gpt2 import GPT, GPTConfig
 
 WORDS = ["the", "a", "man", "dog", "roof", "runs", "sits", "on", "under", "quickly", "then", "she", "opens", "door"]

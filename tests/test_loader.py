@@ -8,7 +8,7 @@ from conftest import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fineweb import InputError
+from tools.common import InputError
 from train_gpt2 import DataLoaderLite
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, TINY, flags_of, read_log, run, write_shards
 
 import train_gpt2
-from fineweb import InputError
+from tools.common import InputError
 from train_gpt2 import TrainConfig, main, parse_args
 
 
@@ -149,9 +149,9 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
 REFUSALS = {
     "n_embd 32 is not divisible by n_head 3: these n_head fit: [1, 2, 4": ["--n_head=3"],
     "these micro-batch sizes fit: [1, 2, 4, 8, 16]": ["--micro_batch_size=5"],
-    "no micro-batch size fits": ["--total_batch_size=500"],
+    "micro-batch sizes fit: none": ["--total_batch_size=500"],
     "n_layer is 0: it must be 1 or more": ["--n_layer=0"],
-    "dtype is 'int8'": ["--dtype=int8"],
+    "dtype is 'int8': it must be one of auto": ["--dtype=int8"],
     "device is cuda, but": ["--device=cuda"],
     "is no file and none of scratch": ["--init_from=gpt5"],
     "is damaged, or no checkpoint": [f"--init_from={ROOT / 'README.md'}"],
@@ -215,14 +215,16 @@ def test_missing_hellaswag_is_said_once_and_the_run_goes_on(tmp_path, monkeypatc
 def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
     import json
 
-    import hellaswag
     from test_hellaswag import make_items
+
+    import hellaswag
 
     write_shards(tmp_path / "data", [1500, 5000])
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
     monkeypatch.setattr(hellaswag, "FOLDER", tmp_path)
     config = TrainConfig(**{**TINY, "vocab_size": 50304, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 3,
-                            "sample_every": 3, "data_dir": str(tmp_path / "data"), "log_dir": str(tmp_path / "log")})  # fmt: skip
+                            "sample_every": 3, "data_dir": str(tmp_path / "data"),
+                            "log_dir": str(tmp_path / "log")})  # fmt: skip
     metrics = main(config)
     hella = losses(read_log(tmp_path / "log"), "hella")
     assert list(hella) == [0, 2, 3] and hella[3] == pytest.approx(metrics["hella"], abs=1e-4)

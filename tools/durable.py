@@ -1,0 +1,127 @@
+"""
+Never lose a run: checkpoints that are whole or absent and checked when read, a log without gaps, signals.
+"""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import signal
+import struct
+import time
+
+import torch
+import torch.distributed as dist
+
+from tools.common import InputError, atomic_write
+
+
+def save_checkpoint(log_dir, keep, parts, facts):
+    """Write log_dir/model_{step:05d}.pt, whole or not at all, then remove all but the newest `keep` of its kind.
+
+    It holds the state_dict of each of `parts` and the plain data of `facts`, the step among them. At its end stands
+    its sha256, as the comment of the zip archive that it is: torch.load checks nothing. Returns False, having said so,
+    where it could not be written; the older ones are intact then.
+    """
+    path = log_dir / f"model_{facts['step']:05d}.pt"
+    contents = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        with open(log_dir / "log.txt", "ab") as log:
+            os.fsync(log.fileno())  # the log is never behind a checkpoint
+        with atomic_write(path) as file:
+            torch.save({**contents, **facts, "random_states": [torch.get_rng_state()]}, file)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(size - 2)
+            file.write(struct.pack("<H", 64))  # the last field of a zip archive is the length of its comment
+            file.write(sha256(file, size))
+    except (OSError, RuntimeError) as error:  # torch wraps some of the former
+        print(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}", flush=True)
+        return False
+    for old in sorted(log_dir.glob("model_*.pt"))[:-keep]:
+        old.unlink()
+    print(f"step {facts['step']:5d} | saved {path}", flush=True)
+    return True
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of save_checkpoint onto the CPU. Raises InputError where it is damaged or none."""
+    try:
+        with open(path, "rb") as file:
+            size = max(0, file.seek(0, os.SEEK_END) - 64)
+            if sha256(file, size) != file.read():
+                raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)  # other pickles could run anything
+    except (OSError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot load {path}: {error}") from None
+
+
+def sha256(file, size):
+    """The hex digest of the first `size` bytes of a file, which is left at their end."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(min(1 << 20, size - file.tell())):
+        digest.update(chunk)
+    return digest.hexdigest().encode()
+
+
+def find_checkpoint(log_dir, rank):
+    """The newest whole checkpoint of log_dir, on every rank the one that rank 0 found; None where there are none."""
+    found = [None]
+    if rank == 0:
+        paths = sorted(log_dir.glob("model_*.pt"), reverse=True)
+        for path in paths:
+            try:
+                load_checkpoint(path)
+                found = [path]
+                break
+            except InputError as error:
+                print(f"warning: {error}; falling back to the checkpoint before it", flush=True)
+        if paths and not found[0]:
+            raise InputError(f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup")
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return load_checkpoint(found[0]) if found[0] else None
+
+
+def cut_log(log_file, step):
+    """Keep the whole records of the steps before `step`: the run writes the others again."""
+    if log_file.exists():
+        lines = log_file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < step]
+        with atomic_write(log_file) as file:
+            file.write("".join(kept).encode())
+
+
+class StopRun(Exception):
+    """Ends the run between two optimizer steps: main saves a checkpoint and says how to go on."""
+
+
+@contextlib.contextmanager
+def stop_signals(device):
+    """Yield check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM or SIGINT.
+
+    A second signal ends the process at once; one within a second is still the first, since schedulers signal torchrun
+    and its workers, and torchrun passes it on. Workers whose torchrun was killed stop as if signalled.
+    """
+    caught, parent = [], os.getppid()
+
+    def on_signal(number, frame):
+        if caught and time.monotonic() - caught[0] > 1:
+            os._exit(128 + number)
+        caught.append(time.monotonic())
+
+    def check_stop():
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+        stop = torch.tensor(int(bool(caught) or orphaned), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(stop)
+        if stop.item():
+            raise StopRun("stopped by a signal")
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check_stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
