@@ -359,7 +359,7 @@ class DataLoaderLite:
         self.position, self.epoch = position, None
 
     def describe(self):
-        """What tells these shards from others: by name their token counts, and their hashes where a manifest has them."""
+        """What tells these shards from others: by name, their token counts and the hashes that a manifest has."""
         manifest = read_manifest(self.paths[0].parent) or {"shards": []}
         hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         return {p.name: [len(shard), hashes.get(p.name)] for p, shard in zip(self.paths, self.shards, strict=True)}
@@ -651,12 +651,9 @@ def main(config):
             state = {name: checkpoint[name] for name in state}
             torch.set_rng_state(checkpoint["random_states"][0])
             train_loader.seek(state["step"] * rows_per_step)
-        if resuming:
-            log(
-                f"resuming at step {state['step']}{changes}"
-                if checkpoint
-                else f"no checkpoint in {log_dir}/: starting at 0"
-            )
+            log(f"resuming at step {state['step']}{changes}")
+        elif resuming:
+            log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
         if rank == 0:
             cut_log(log_file, state["step"])
         first_step, metrics = state["step"], {}
@@ -707,9 +704,9 @@ def main(config):
                     group["lr"] = lr
                 loss = sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
                 # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same;
-                # float16 overflows now and then by design, and its scaler skips those updates
-                finite = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
-                if finite:
+                # float16's gradients overflow now and then by design, and its scaler skips those updates itself
+                finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+                if finite or scaler.is_enabled():
                     scaler.step(optimizer)
                     scaler.update()
                 optimizer.zero_grad()
@@ -718,11 +715,11 @@ def main(config):
                 seconds = time.perf_counter() - start
                 speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
                 mfu = f" | MFU {speed * flops_per_token(model) / (world_size * peak * 1e12):.1%}" if peak else ""
+                note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
                 log(
                     f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
                     f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | "
-                    f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left"
-                    + ("" if finite else " | UPDATE SKIPPED, NOT FINITE"),
+                    f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left{note}",
                     f"{step} train {loss:.6f}",
                 )
                 metrics["train_loss"] = loss
