@@ -83,9 +83,9 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),  # 1558M
     "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128,
-        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=240, warmup_steps=20, max_lr=3e-3,
-        val_every=60, val_tokens=32768, hellaswag_every=0, sample_every=240, sample_prompt="Return the",
-        checkpoint_every=120,
+        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=180, warmup_steps=20, max_lr=3e-3,
+        val_every=45, val_tokens=32768, hellaswag_every=0, sample_every=180, sample_prompt="Return the",
+        checkpoint_every=90,
     ),
 }  # fmt: skip
 
@@ -472,6 +472,8 @@ def check_same_run(checkpoint, config, data):
             raise InputError(
                 f"cannot resume: {name} was {before.get(name)} when the run began, it is {now.get(name)} now"
             )
+    if config.max_steps < checkpoint["step"]:
+        raise InputError(f"cannot resume: the run is at step {checkpoint['step']}, beyond max_steps {config.max_steps}")
     free = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
     return "".join(f", {name} {before[name]} -> {now[name]}" for name in free if before[name] != now[name])
 
@@ -681,7 +683,7 @@ def main(config):
                     with autocast():
                         for text in sample(model, config.sample_prompt, device, config.seed):
                             log(f"step {step:5d} | sample {text!r}")
-                saved = not due(config.checkpoint_every) or step == first_step or save()
+                saved = step == 0 or not due(config.checkpoint_every) or save()
                 if step == config.max_steps:
                     break
 
@@ -730,10 +732,10 @@ def main(config):
             if state["nonfinite"] >= config.max_nonfinite:
                 raise InputError(f"{reason}: try a lower max_lr or --dtype float32, and --init_from resume") from None
             log(f"{reason}. To go on, give the same command with --init_from resume")
+        else:
+            log(f"done. All is in {log_dir}/. Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt")
         if not saved:
             raise InputError(f"the last checkpoint could not be saved: make room for it in {log_dir}/ and resume")
-        if state["step"] == config.max_steps:
-            log(f"done. All is in {log_dir}/. Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt")
         return {"step": state["step"], "val_loss": state["val_loss"], **metrics}
 
 

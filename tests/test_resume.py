@@ -1,0 +1,387 @@
+"""The promises of an exact resume, each by a real crash, signal or damaged file."""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, flags_of, read_log, run, write_shards
+from test_train import losses
+
+import train_gpt2
+from tools.common import InputError
+from tools.durable import load_checkpoint
+from train_gpt2 import main
+
+LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
+
+
+def at_step(monkeypatch, steps, action):
+    """Call action() inside these optimizer steps of a run in this process."""
+    original = train_gpt2.get_lr
+
+    def get_lr(step, config):
+        if step in steps:
+            action()
+        return original(step, config)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+
+
+def crash():
+    raise MemoryError("a crash, for the test")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same(a, b, path=""):
+    """Bit for bit the same plain data."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def assert_same_run(a, b, step):
+    assert read_log(a) == read_log(b)
+    a, b = (load_checkpoint(folder / f"model_{step:05d}.pt") for folder in (a, b))
+    for name in ("model", "optimizer", "scaler", "step", "val_loss", "random_states", "config", "data"):
+        assert_same(a[name], b[name], name)
+
+
+@pytest.mark.parametrize("stop", [crash, terminate])
+def test_a_stopped_run_continues_bit_for_bit(stop, tiny, tmp_path, monkeypatch):
+    config = dict(max_steps=41, checkpoint_every=5)  # the shards hold 29 steps an epoch, and rows cross shards
+    main(tiny(log_dir=str(tmp_path / "whole"), **config))
+    for step in (0, 17, 28, 40):
+        folder = tmp_path / f"stopped_{step}"
+        with monkeypatch.context() as patch:
+            at_step(patch, {step}, stop)
+            if stop is crash:
+                with pytest.raises(MemoryError):
+                    main(tiny(log_dir=str(folder), **config))
+            else:
+                assert main(tiny(log_dir=str(folder), **config))["step"] == step + 1
+        main(tiny(log_dir=str(folder), init_from="resume", **config))
+        assert_same_run(tmp_path / "whole", folder, 41)
+
+
+def test_resuming_with_other_ranks_and_micro_batches_keeps_the_losses(tiny, tmp_path, monkeypatch):
+    config = dict(max_steps=60, val_every=20)
+    main(tiny(log_dir=str(tmp_path / "whole"), micro_batch_size=16, **config))
+    at_step(monkeypatch, {19}, terminate)
+    main(tiny(log_dir=str(tmp_path / "log"), micro_batch_size=4, **config))
+    result = run("train_gpt2.py", *flags_of(tiny(init_from="resume", micro_batch_size=2, **config)), ranks=2)
+    assert result.returncode == 0 and "resuming at step 20" in result.stdout, result.stdout
+    for kind, count in (("train", 60), ("val", 4)):
+        whole, log = (losses(read_log(tmp_path / d), kind) for d in ("whole", "log"))
+        assert len(whole) == count and log == pytest.approx(whole, abs=1e-5 if kind == "train" else 1.01e-4)
+
+
+def test_resume_without_a_checkpoint_begins_at_step_0(tiny, tmp_path, capsys):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.txt").write_text("0 val 6.0000\n0 train 6.2")  # killed before the first checkpoint
+    main(tiny(init_from="resume"))
+    assert "no checkpoint in" in capsys.readouterr().out
+    main(tiny(log_dir=str(tmp_path / "fresh")))
+    assert read_log(tmp_path / "log") == read_log(tmp_path / "fresh")
+
+
+def test_a_finished_run_resumed_does_nothing_new(tiny, tmp_path):
+    main(tiny())
+    before = read_log(tmp_path / "log")
+    main(tiny(init_from="resume"))
+    assert read_log(tmp_path / "log") == before
+
+
+def damage_by(kind):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        if kind == "truncated":
+            content = content[: len(content) // 2]
+        elif kind == "cut by a byte":
+            content = content[:-1]
+        elif kind == "empty":
+            content = b""
+        elif kind == "flipped":
+            content[len(content) // 3] ^= 4
+        elif kind == "foreign":
+            torch.save({"model": {}}, path)
+            return
+        path.write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize("kind", ["truncated", "cut by a byte", "empty", "flipped", "foreign"])
+def test_damaged_checkpoints_are_named_and_the_run_falls_back(kind, tiny, tmp_path, capsys):
+    main(tiny(checkpoint_every=5))
+    whole = read_log(tmp_path / "log")
+    damage = damage_by(kind)
+    damage(tmp_path / "log" / "model_00020.pt")
+    capsys.readouterr()
+    main(tiny(checkpoint_every=5, init_from="resume"))
+    out = capsys.readouterr().out
+    assert "model_00020.pt is damaged" in out and "resuming at step 15" in out
+    assert read_log(tmp_path / "log") == whole
+    for path in (tmp_path / "log").glob("*.pt"):
+        damage(path)
+    with pytest.raises(InputError, match="none of the 3 checkpoints"):
+        main(tiny(checkpoint_every=5, init_from="resume"))
+    assert read_log(tmp_path / "log") == whole
+
+
+def test_a_malicious_pickle_executes_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    from tools.durable import save_checkpoint
+
+    class Part:
+        def state_dict(self):
+            return Bomb()
+
+    assert save_checkpoint(tmp_path, 2, {"model": Part()}, {"step": 1})  # as an attacker would, with the right sha256
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    for name in ("model_00001.pt", "plain.pt"):
+        with pytest.raises(InputError):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
+    main(tiny())
+    before = read_log(tmp_path / "log")
+    for change in ({"n_layer": 1}, {"total_batch_size": 1024}, {"sequence_length": 64}, {"seed": 2}):
+        (name,) = change
+        with pytest.raises(InputError, match=f"cannot resume: {name} was"):
+            main(tiny(init_from="resume", **change))
+    write_shards(tmp_path / "other", [1500, 5000, 3001, 7004])
+    with pytest.raises(InputError, match="tiny_train_000003.npy was .7003, None. when .* is .7004"):
+        main(tiny(init_from="resume", data_dir=str(tmp_path / "other")))
+    assert read_log(tmp_path / "log") == before
+    capsys.readouterr()
+    main(tiny(init_from="resume", max_steps=25, max_lr=1e-3))
+    assert "resuming at step 20, max_steps 20 -> 25, max_lr 0.01 -> 0.001" in capsys.readouterr().out
+
+
+def start(config, ranks=0, restarts=0, script=None):
+    """A run in the background, its output in a pipe."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} --max-restarts={restarts}".split()
+    command = [sys.executable, *(torchrun if ranks else []), str(script or ROOT / "train_gpt2.py"), *flags_of(config)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process, pattern):
+    """Read the output up to a line that matches; returns all of it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError("the run ended before that: " + "".join(lines))
+
+
+def ranks_of(process):
+    """The process ids of torchrun's workers."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def finish(process, timeout=60):
+    output, _ = process.communicate(timeout=timeout)
+    return output
+
+
+@pytest.mark.parametrize("to", ["torchrun", "one rank", "all ranks and torchrun"])
+def test_a_signal_ends_the_run_with_a_checkpoint_of_all_ranks(to, tiny, tmp_path):
+    process = start(tiny(**LONG), ranks=2)
+    read_until(process, r"step +33/")
+    workers = ranks_of(process)
+    targets = {"torchrun": [process.pid], "one rank": workers[1:], "all ranks and torchrun": [*workers, process.pid]}
+    for pid in targets[to]:
+        os.kill(pid, signal.SIGINT if to == "one rank" else signal.SIGTERM)
+    begin = time.monotonic()
+    output = finish(process)
+    assert time.monotonic() - begin < 20
+    saved = int(re.search(r"saved .*/model_(\d+).pt\nstopped by a signal. To go on, .*--init_from resume", output)[1])
+    assert saved >= 34 and load_checkpoint(tmp_path / "log" / f"model_{saved:05d}.pt")["step"] == saved
+    assert read_log(tmp_path / "log").splitlines()[-1].startswith(f"{saved - 1} train")
+
+
+def test_a_signal_during_evaluation_does_not_wait_for_its_end(tiny, tmp_path):
+    write_shards(tmp_path / "data", [30_000_000, 5000])  # a validation of minutes
+    process = start(tiny(val_tokens=30_000_000, max_steps=3))
+    read_until(process, "micro-batches")
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    assert "model_00000.pt" in finish(process) and time.monotonic() - begin < 20
+
+
+def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
+    script = tmp_path / "slow.py"  # a run whose step never ends
+    script.write_text(
+        "import time, train_gpt2\n"
+        "def forever(*args):\n    print('in the step', flush=True)\n    while True: time.sleep(0.1)\n"
+        "train_gpt2.get_lr = forever\ntrain_gpt2.main(train_gpt2.parse_args())\n"
+    )
+    process = start(tiny(), script=script)
+    read_until(process, "in the step")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # the same one, passed on by a scheduler
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_a_dead_rank_ends_the_job(tiny):
+    process = start(tiny(**LONG), ranks=2)
+    read_until(process, r"step +5/")
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    finish(process, timeout=60)
+    assert process.returncode == 1
+
+
+def test_a_hung_rank_ends_the_job_after_the_timeout(tiny):
+    process = start(tiny(collective_timeout=4, **LONG), ranks=2)
+    read_until(process, r"step +5/")
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    begin = time.monotonic()
+    finish(process, timeout=90)
+    assert process.returncode == 1 and time.monotonic() - begin < 60
+
+
+def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
+    main(tiny(log_dir=str(tmp_path / "whole"), micro_batch_size=4, max_steps=40))
+    script = tmp_path / "dying.py"
+    script.write_text(
+        "import os, signal, train_gpt2\noriginal = train_gpt2.get_lr\n"
+        "def get_lr(step, config):\n"
+        "    if os.environ['RANK'] == '1' and step == 27 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(step, config)\n"
+        "train_gpt2.get_lr = get_lr\ntrain_gpt2.main(train_gpt2.parse_args())\n"
+    )
+    process = start(tiny(max_steps=40), ranks=2, restarts=3, script=script)
+    output = finish(process, timeout=120)
+    assert process.returncode == 0 and "resuming at step 20" in output, output
+    whole, log = (losses(read_log(tmp_path / d), "train") for d in ("whole", "log"))
+    assert len(log) == 40 and log == pytest.approx(whole, abs=1e-5)
+
+
+def test_one_writer_a_log_dir(tiny, tmp_path):
+    process = start(tiny(**LONG))
+    read_until(process, r"step +5/")
+    with pytest.raises(InputError, match=f"is being written by process {process.pid} on"):
+        main(tiny(init_from="resume", **LONG))
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    steps = len(losses(read_log(tmp_path / "log"), "train"))
+    with pytest.raises(InputError, match=f"the run is at step {steps}, beyond max_steps 1"):  # free again
+        main(tiny(init_from="resume", **{**LONG, "max_steps": 1}))
+
+
+def test_workers_without_their_torchrun_stop_and_free_the_log_dir(tiny, tmp_path):
+    process = start(tiny(**LONG), ranks=2)
+    read_until(process, r"step +5/")
+    os.kill(process.pid, signal.SIGKILL)
+    output = process.stdout.read()  # ends when the orphans do
+    assert "stopped by a signal" in output
+    steps = len(losses(read_log(tmp_path / "log"), "train"))
+    assert main(tiny(init_from="resume", **{**LONG, "max_steps": steps + 1}))["step"] == steps + 1
+
+
+def poison(monkeypatch, steps):
+    """NaN losses in these optimizer steps; the tiny runs take 8 micro-batches a step."""
+    forward, calls = train_gpt2.GPT.forward, [0]
+
+    def poisoned(self, idx, targets=None, return_logits=True):
+        logits, loss = forward(self, idx, targets, return_logits)
+        if self.training:
+            calls[0] += 1
+            if (calls[0] - 1) // 8 in steps and calls[0] % 8 == 3:
+                loss = loss * float("nan")
+        return logits, loss
+
+    monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
+
+
+def test_a_non_finite_step_is_skipped_whole(tiny, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {9})
+    main(tiny(max_steps=10, checkpoint_every=1))
+    before, after = (load_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt") for step in (9, 10))
+    assert_same(before["model"], after["model"])
+    assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert after["nonfinite"] == 1 and "9 train nan" in read_log(tmp_path / "log")
+    assert capsys.readouterr().out.count("UPDATE SKIPPED") == 1
+
+
+def test_scattered_non_finite_steps_do_not_stop_the_run(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 3, 6, 7, 11, 12})
+    assert main(tiny(max_nonfinite=3))["step"] == 20
+    assert losses(read_log(tmp_path / "log"), "val")[20] < 5.5
+
+
+def test_many_non_finite_steps_in_a_row_stop_with_the_last_good_state(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(7, 99)))
+    with pytest.raises(InputError, match="not finite in 5 steps up to step 11: try a lower max_lr"):
+        main(tiny())
+    checkpoint = load_checkpoint(tmp_path / "log" / "model_00012.pt")
+    assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+
+
+def test_a_full_disk_keeps_the_old_checkpoints_and_the_run(tiny, tmp_path, monkeypatch, capsys):
+    original = torch.save
+
+    def save(contents, file):
+        if contents["step"] == 10:
+            file.write(b"a part of it")
+            raise OSError(28, "No space left on device")
+        original(contents, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    main(tiny(checkpoint_every=5))
+    assert "model_00010.pt COULD NOT BE SAVED" in capsys.readouterr().out
+    names = sorted(p.name for p in (tmp_path / "log").iterdir())
+    assert names == ["lock", "log.txt", "model_00005.pt", "model_00015.pt", "model_00020.pt"]
+
+
+def test_a_full_disk_at_the_end_exits_non_zero(tiny, tmp_path):
+    """With a real limit on the size of files, which the log stays under and a checkpoint does not."""
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, train_gpt2\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "train_gpt2.front_door(train_gpt2.main, train_gpt2.parse_args())\n"
+    )
+    process = start(tiny(), script=script)
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert output.count("COULD NOT BE SAVED") == 2 and "error: the last checkpoint could not be saved" in output
+    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["lock", "log.txt"]
+
+
+def test_stale_temporaries_are_cleared_and_old_checkpoints_go_last(tiny, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "model_00005.pt.123.tmp").write_bytes(b"half")
+    main(tiny(checkpoint_every=4, keep_checkpoints=2))
+    names = sorted(p.name for p in (tmp_path / "log").iterdir())
+    assert names == ["lock", "log.txt", "model_00016.pt", "model_00020.pt"]
