@@ -489,8 +489,8 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362,
 def distributed(device, timeout):
     """Be in torchrun's process group, if there is one, for the time of the run: (rank, local_rank, world_size, device).
 
-    Ranks that wait for a dead or hung one give up after `timeout` seconds, or half an hour if that is longer: building
-    data and compiling take their time. After the first step main shortens it to `timeout`.
+    Ranks that wait for a dead or hung one give up after `timeout` seconds; between joining and the first step after
+    half an hour, since building data and compiling take their time.
     """
     rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device == "auto":
@@ -500,12 +500,18 @@ def distributed(device, timeout):
         torch.cuda.set_device(device)
     if world_size:
         on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(timeout=timedelta(seconds=max(1800, timeout)), **on_device)
+        dist.init_process_group(timeout=timedelta(seconds=timeout), **on_device)
+        set_timeout(max(1800, timeout))
     try:
         yield rank, local_rank, max(world_size, 1), device
     finally:
         if world_size:
             dist.destroy_process_group()
+
+
+def set_timeout(seconds):
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def wait_for_all():
@@ -725,8 +731,8 @@ def main(config):
                     f"{step} train {loss:.6f}",
                 )
                 metrics["train_loss"] = loss
-                if step == first_step and world_size > 1:
-                    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.collective_timeout))
+                if step == first_step:
+                    set_timeout(config.collective_timeout)
         except StopRun as reason:
             saved = save()
             if state["nonfinite"] >= config.max_nonfinite:

@@ -281,7 +281,7 @@ def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
         "    return original(step, config)\n"
         "train_gpt2.get_lr = get_lr\ntrain_gpt2.main(train_gpt2.parse_args())\n"
     )
-    process = start(tiny(max_steps=40), ranks=2, restarts=3, script=script)
+    process = start(tiny(max_steps=40, collective_timeout=20), ranks=2, restarts=3, script=script)
     output = finish(process, timeout=120)
     assert process.returncode == 0 and "resuming at step 20" in output, output
     whole, log = (losses(read_log(tmp_path / d), "train") for d in ("whole", "log"))
