@@ -500,7 +500,12 @@ def distributed(device, timeout):
         torch.cuda.set_device(device)
     if world_size:
         on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(timeout=timedelta(seconds=timeout), **on_device)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # torchrun's store still has the addresses of the ranks before a restart; machines count restarts apart
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **on_device)
         set_timeout(max(1800, timeout))
     try:
         yield rank, local_rank, max(world_size, 1), device
@@ -580,16 +585,17 @@ def main(config):
     """
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
-    resuming = config.init_from == "resume" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
-        raise InputError(
-            f"{log_dir}/ holds a run: go on with --init_from resume, delete it, or choose another --log_dir"
-        )
     with (
         distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
         stop_signals(device) as check_stop,
         contextlib.ExitStack() as held,
     ):
+        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
+        resuming = config.init_from == "resume" or sum_over_ranks(restarts).item() > 0
+        if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
+            raise InputError(
+                f"{log_dir}/ holds a run: resume it (--init_from resume), delete it, or choose a --log_dir"
+            )
 
         def log(message, record=None):
             """Print the message on rank 0, and append the record to log.txt."""
