@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from tools.common import InputError, atomic_write, front_door, get_tokenizer
+from tools.distributed import sum_over_ranks
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
@@ -86,24 +87,40 @@ def render_example(example):
     return data, tokens, mask, example["label"]
 
 
-def make_batches(examples, rank=0, world_size=1, batch_size=32):
+def make_batches(examples, rank=0, world_size=1, max_length=1024, batch_size=32):
     """Return this rank's share of the items as a list of (tokens (4n, N), mask (4n, N), labels (n,)), n <= batch_size.
 
     Items of like length go together, and N is a multiple of 32: little padding, and few shapes to plan kernels for.
-    Every rank gets the same number of batches; the last ones may be empty.
+    Items of more than max_length tokens lose the start of their context. Every rank gets the same number of batches;
+    the last ones may be empty.
     """
     rendered = sorted((render_example(example)[1:] for example in examples), key=lambda item: item[0].size(1))
     mine = rendered[rank::world_size]
     batches = []
     for start in range(0, -(-len(rendered) // world_size), batch_size):
         items = mine[start : start + batch_size]
-        width = -(-max((tokens.size(1) for tokens, _, _ in items), default=0) // 32) * 32
+        width = min(max_length, -(-max((tokens.size(1) for tokens, _, _ in items), default=0) // 32) * 32)
         tokens, mask = torch.zeros(2, 4 * len(items), width, dtype=torch.long)
         for i, (item_tokens, item_mask, _) in enumerate(items):
+            item_tokens, item_mask = item_tokens[:, -max_length:], item_mask[:, -max_length:]
             tokens[4 * i : 4 * i + 4, : item_tokens.size(1)] = item_tokens
             mask[4 * i : 4 * i + 4, : item_mask.size(1)] = item_mask
         batches.append((tokens, mask, torch.tensor([label for _, _, label in items], dtype=torch.long)))
     return batches
+
+
+def load(rank, local_rank, world_size, device, max_length):
+    """This rank's HellaSwag batches; None on all ranks, said once, where a machine has no copy and can fetch none."""
+    have = 1
+    if local_rank == 0:
+        try:
+            fetch("val")
+        except InputError as error:
+            have = 0
+            print(f"going on without HellaSwag: {error}", flush=True)
+    if sum_over_ranks(torch.tensor(have, device=device)).item() < world_size:
+        return None
+    return make_batches(iterate_examples("val"), rank, world_size, max_length)
 
 
 @torch.no_grad()
@@ -151,7 +168,8 @@ def run(model_name, device, path, limit):
 
     torch.set_float32_matmul_precision("high")
     model = load_model(model_name).to(device).eval()
-    batches = make_batches(islice(iterate_examples("val", path), limit))
+    examples = islice(iterate_examples("val", path), limit)
+    batches = make_batches(examples, max_length=model.config.block_size)
     if sum(len(labels) for _, _, labels in batches) == 0:
         raise InputError(f"{path} holds no items")
     right, right_norm, total = evaluate(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).tolist()

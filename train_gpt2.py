@@ -18,20 +18,19 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
+from tools import durable
 from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
-from tools.durable import StopRun, cut_log, find_checkpoint, load_checkpoint, save_checkpoint, stop_signals
+from tools.distributed import distributed, set_timeout, sum_over_ranks, wait_for_all
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -103,38 +102,35 @@ def parse_args(argv=None):
 
 def check_config(c, world_size):
     """Raise InputError, with the remedy, for a TrainConfig that cannot run."""
-
-    def refuse_if(bad, message):
-        if bad:
-            raise InputError(message)
-
+    problems = []
     for field in fields(c):
         least = {"keep_checkpoints": 2}.get(field.name, 0 if field.name.endswith(("_every", "_steps", "seed")) else 1)
-        value = getattr(c, field.name)
-        refuse_if(field.type is int and value < least, f"{field.name} is {value}: it must be {least} or more")
+        if field.type is int and getattr(c, field.name) < least:
+            raise InputError(f"{field.name} is {getattr(c, field.name)}: it must be {least} or more")
     for name, choices in (("device", "auto cuda mps cpu"), ("dtype", "auto bfloat16 float16 float32")):
-        value = getattr(c, name)
-        refuse_if(value not in choices.split(), f"{name} is {value!r}: it must be one of {choices}")
-    fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
-    refuse_if(c.n_embd % c.n_head, f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
+        if getattr(c, name) not in choices.split():
+            problems.append(f"{name} is {getattr(c, name)!r}: it must be one of {choices}")
+    if c.n_embd % c.n_head:
+        fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
+        problems.append(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
     rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # sequences of each rank in a step
-    fit = [n for n in range(1, rows + 1) if rows % n == 0 and rest == 0]
-    refuse_if(
-        c.micro_batch_size not in fit,
-        f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
-        f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}",
-    )
-    known = c.init_from in ("scratch", "resume", *OPENAI_MODELS) or Path(c.init_from).is_file()
-    refuse_if(
-        not known, f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(OPENAI_MODELS)}"
-    )
-    text = c.sample_every or c.hellaswag_every
-    refuse_if(
-        c.vocab_size < 50257 and text,
-        f"vocab_size {c.vocab_size} is below GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0",
-    )
-    no_gpu = c.device == "cuda" and not torch.cuda.is_available()
-    refuse_if(no_gpu, "device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
+    if rest or rows % c.micro_batch_size:
+        fit = [n for n in range(1, rows + 1) if rows % n == 0 and not rest]
+        problems.append(
+            f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
+            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}"
+        )
+    sources = ("scratch", "resume", *OPENAI_MODELS)
+    if c.init_from not in sources and not Path(c.init_from).is_file():
+        problems.append(f"init_from {c.init_from!r} is no file and none of {', '.join(sources)}")
+    if c.vocab_size < 50257 and (c.sample_every or c.hellaswag_every):
+        problems.append(
+            f"vocab_size {c.vocab_size} is below GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0"
+        )
+    if c.device == "cuda" and not torch.cuda.is_available():
+        problems.append("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 # -----------------------------------------------------------------------------
@@ -260,10 +256,10 @@ class GPT(nn.Module):
             from transformers import GPT2LMHeadModel
 
             theirs = GPT2LMHeadModel.from_pretrained(name)
-        except ImportError:
-            raise InputError(f"loading {name} needs the transformers package: pip install transformers") from None
-        except OSError as error:
-            raise InputError(f"cannot load {name} from the Hugging Face hub: {error}") from None
+        except (ImportError, OSError) as error:
+            raise InputError(
+                f"cannot load {name}, which takes pip install transformers and a network: {error}"
+            ) from None
         c, weights = theirs.config, theirs.state_dict()
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
         for key, own in model.state_dict().items():
@@ -317,6 +313,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx * (grad / count).to(dx.dtype), (dw * (grad / count).to(dw.dtype)).float(), None
 
 
+def load_model(name):
+    """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint."""
+    if name in OPENAI_MODELS:
+        return GPT.from_pretrained(name)
+    if not Path(name).is_file():
+        raise InputError(f"{name!r} is no checkpoint file and none of {', '.join(OPENAI_MODELS)}")
+    checkpoint = durable.load_checkpoint(name)
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
 # -----------------------------------------------------------------------------
 # Data
 
@@ -340,7 +348,7 @@ class DataLoaderLite:
         self.num_rows = int(self.ends[-1] - 1) // T
         if self.num_rows == 0:
             raise InputError(
-                f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for a sequence of {T} and its target"
+                f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for a row of {T} + 1: build more"
             )
         for i in range(process_rank, len(self.paths), num_processes):  # the ranks share the reading
             if self.shards[i].max() >= vocab_size:
@@ -400,13 +408,6 @@ def get_lr(step, config):
     return min_lr + (config.max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def sum_over_ranks(tensor):
-    """Sum a tensor over all ranks in place and return it; alone, it is the sum."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 @torch.no_grad()
 def evaluate_loss(model, loader, num_rows, device, before_batch=lambda: None):
     """The mean loss in nats per token over the first num_rows rows of the loader, whatever its B and the ranks."""
@@ -450,78 +451,10 @@ def sample(model, prompt, device, seed, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
-# Starting from a checkpoint (tools/durable.py writes, checks and finds them)
-
-
-def load_model(name):
-    """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint."""
-    if name in OPENAI_MODELS:
-        return GPT.from_pretrained(name)
-    checkpoint = load_checkpoint(name)
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model
-
-
-def check_same_run(checkpoint, config, data):
-    """Raise InputError where the run could not be continued exactly. Returns what else was changed, as text."""
-    before, now = {**checkpoint["train_config"], **checkpoint["data"]}, {**asdict(config), **data}
-    fixed = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
-    for name in (*fixed, *sorted({*checkpoint["data"], *data})):
-        if before.get(name) != now.get(name):
-            raise InputError(
-                f"cannot resume: {name} was {before.get(name)} when the run began, it is {now.get(name)} now"
-            )
-    if config.max_steps < checkpoint["step"]:
-        raise InputError(f"cannot resume: the run is at step {checkpoint['step']}, beyond max_steps {config.max_steps}")
-    free = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
-    return "".join(f", {name} {before[name]} -> {now[name]}" for name in free if before[name] != now[name])
-
-
-# -----------------------------------------------------------------------------
 # The machine
 
 # dense 16-bit matrix products by datasheet, TFLOP/s
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
-
-
-@contextlib.contextmanager
-def distributed(device, timeout):
-    """Be in torchrun's process group, if there is one, for the time of the run: (rank, local_rank, world_size, device).
-
-    Ranks that wait for a dead or hung one give up after `timeout` seconds; between joining and the first step after
-    half an hour, since building data and compiling take their time.
-    """
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(device, local_rank if device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size:
-        on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # torchrun's store still has the addresses of the ranks before a restart; machines count restarts apart
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **on_device)
-        set_timeout(max(1800, timeout))
-    try:
-        yield rank, local_rank, max(world_size, 1), device
-    finally:
-        if world_size:
-            dist.destroy_process_group()
-
-
-def set_timeout(seconds):
-    if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def choose_dtype(name, device):
@@ -564,20 +497,6 @@ def build_missing_data(source, data_dir, local_rank):
     wait_for_all()
 
 
-def load_hellaswag(rank, local_rank, world_size, device):
-    """This rank's HellaSwag batches; None on all ranks, said once, where a machine has no copy and can fetch none."""
-    have = 1
-    if local_rank == 0:
-        try:
-            hellaswag.fetch("val")
-        except InputError as error:
-            have = 0
-            print(f"going on without HellaSwag: {error}", flush=True)
-    if sum_over_ranks(torch.tensor(have, device=device)).item() < world_size:
-        return None
-    return hellaswag.make_batches(hellaswag.iterate_examples("val"), rank, world_size)
-
-
 def main(config):
     """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
 
@@ -587,15 +506,13 @@ def main(config):
     log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
     with (
         distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
-        stop_signals(device) as check_stop,
+        durable.stop_signals(device) as check_stop,
         contextlib.ExitStack() as held,
     ):
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
         resuming = config.init_from == "resume" or sum_over_ranks(restarts).item() > 0
         if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
-            raise InputError(
-                f"{log_dir}/ holds a run: resume it (--init_from resume), delete it, or choose a --log_dir"
-            )
+            raise InputError(f"{log_dir}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
         def log(message, record=None):
             """Print the message on rank 0, and append the record to log.txt."""
@@ -615,21 +532,19 @@ def main(config):
             for split in ("train", "val")
         )
         if train_loader.num_rows < rows_per_step:
-            raise InputError(
-                f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens, too few for one "
-                f"step of {rows_per_step}: build more data, or lower total_batch_size"
-            )
+            found = f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens"
+            raise InputError(f"{found}, too few for one step of {rows_per_step}: build more, or lower total_batch_size")
         if rank == 0:
             held.enter_context(lock_folder(log_dir))
         data = {**train_loader.describe(), **val_loader.describe()}
         val_rows = max(1, min(config.val_tokens // T, val_loader.num_rows))
-        hella = load_hellaswag(rank, local_rank, world_size, device) if config.hellaswag_every else None
+        hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
 
         # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation,
         # `model` for the changing ones of HellaSwag and sampling, each of which would compile anew
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-        checkpoint = find_checkpoint(log_dir, rank) if resuming else None
+        checkpoint = durable.find_checkpoint(log_dir, rank) if resuming else None
         if checkpoint:
             model = GPT(GPTConfig(**checkpoint["config"]))
         elif config.init_from in ("scratch", "resume"):
@@ -657,9 +572,9 @@ def main(config):
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         state = {"step": 0, "nonfinite": 0, "val_loss": None}
         facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
-        save = lambda: rank != 0 or save_checkpoint(log_dir, config.keep_checkpoints, parts, {**facts, **state})  # noqa: E731
+        save = lambda: rank != 0 or durable.save_checkpoint(log_dir, config.keep_checkpoints, parts, {**facts, **state})  # noqa: E731
         if checkpoint:
-            changes = check_same_run(checkpoint, config, data)
+            changes = durable.check_same_run(checkpoint, facts)
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             state = {name: checkpoint[name] for name in state}
@@ -669,7 +584,7 @@ def main(config):
         elif resuming:
             log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
         if rank == 0:
-            cut_log(log_file, state["step"])
+            durable.cut_log(log_file, state["step"])
         first_step, metrics = state["step"], {}
 
         def due(every):
@@ -680,7 +595,7 @@ def main(config):
                 state["step"] = step
                 check_stop()
                 if state["nonfinite"] >= config.max_nonfinite:
-                    raise StopRun(f"loss or gradient not finite in {state['nonfinite']} steps up to step {step - 1}")
+                    raise durable.StopRun(f"not finite in {state['nonfinite']} steps in a row up to step {step - 1}")
                 if due(config.val_every):
                     with autocast():
                         state["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
@@ -739,7 +654,7 @@ def main(config):
                 metrics["train_loss"] = loss
                 if step == first_step:
                     set_timeout(config.collective_timeout)
-        except StopRun as reason:
+        except durable.StopRun as reason:
             saved = save()
             if state["nonfinite"] >= config.max_nonfinite:
                 raise InputError(f"{reason}: try a lower max_lr or --dtype float32, and --init_from resume") from None

@@ -343,7 +343,7 @@ def test_scattered_non_finite_steps_do_not_stop_the_run(tiny, tmp_path, monkeypa
 
 def test_many_non_finite_steps_in_a_row_stop_with_the_last_good_state(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(7, 99)))
-    with pytest.raises(InputError, match="not finite in 5 steps up to step 11: try a lower max_lr"):
+    with pytest.raises(InputError, match="not finite in 5 steps in a row up to step 11: try a lower max_lr"):
         main(tiny())
     checkpoint = load_checkpoint(tmp_path / "log" / "model_00012.pt")
     assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())

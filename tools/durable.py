@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tools.common import InputError, atomic_write
+from tools.distributed import sum_over_ranks
 
 
 def save_checkpoint(log_dir, keep, parts, facts):
@@ -84,6 +85,21 @@ def find_checkpoint(log_dir, rank):
     return load_checkpoint(found[0]) if found[0] else None
 
 
+def check_same_run(checkpoint, facts):
+    """Raise InputError where the run could not be continued exactly. Returns what else was changed, as text."""
+    before, now = ({**run["train_config"], **run["data"]} for run in (checkpoint, facts))
+    fixed = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
+    for name in (*fixed, *sorted({*checkpoint["data"], *facts["data"]})):
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"cannot resume: {name} was {before.get(name)} when the run began, it is {now.get(name)} now"
+            )
+    if now["max_steps"] < checkpoint["step"]:
+        raise InputError(f"cannot resume: the run is at step {checkpoint['step']}, beyond max_steps {now['max_steps']}")
+    free = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
+    return "".join(f", {name} {before[name]} -> {now[name]}" for name in free if before[name] != now[name])
+
+
 def cut_log(log_file, step):
     """Keep the whole records of the steps before `step`: the run writes the others again."""
     if log_file.exists():
@@ -113,10 +129,7 @@ def stop_signals(device):
 
     def check_stop():
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
-        stop = torch.tensor(int(bool(caught) or orphaned), device=device)
-        if dist.is_initialized():
-            dist.all_reduce(stop)
-        if stop.item():
+        if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
             raise StopRun("stopped by a signal")
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

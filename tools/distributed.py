@@ -1,0 +1,56 @@
+"""
+The ranks of torchrun: joining and leaving them, sums over them. Alone, without torchrun, all of it does nothing.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def distributed(device, timeout):
+    """Be in torchrun's process group, if there is one, for the time of the run: (rank, local_rank, world_size, device).
+
+    Ranks that wait for a dead or hung one give up after `timeout` seconds; between joining and the first step after
+    half an hour, since building data and compiling take their time.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device, local_rank if device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size:
+        on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # torchrun's store still has the addresses of the ranks before a restart; machines count restarts apart
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **on_device)
+        set_timeout(max(1800, timeout))
+    try:
+        yield rank, local_rank, max(world_size, 1), device
+    finally:
+        if world_size:
+            dist.destroy_process_group()
+
+
+def set_timeout(seconds):
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor):
+    """Sum a tensor over all ranks in place and return it; alone, it is the sum."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
