@@ -34,6 +34,7 @@ def distributed(device, timeout):
         set_timeout(max(1800, timeout))
     try:
         yield rank, local_rank, max(world_size, 1), device
+        wait_for_all()  # a rank that leaves early takes its connections from the others
     finally:
         if world_size:
             dist.destroy_process_group()
