@@ -285,11 +285,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     The chunks share two buffers, and as softmax - onehot is the gradient, they compute it on the way.
     """
 
-    CHUNK = 256  # tokens
-
     @staticmethod
     def forward(ctx, x, weight, targets):
-        chunk, w = ChunkedCrossEntropy.CHUNK, weight.to(x.dtype)
+        chunk, w = 256, weight.to(x.dtype)  # tokens
         loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
         dx, dw = torch.zeros_like(x), torch.zeros_like(w)
         logits = x.new_empty(chunk, len(w))

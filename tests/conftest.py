@@ -19,6 +19,10 @@ TINY = dict(
 )  # fmt: skip
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU, skipped elsewhere")
+
+
 def write_shards(folder, lengths, vocab_size=512, seed=0, name="tiny"):
     """Shards of text with something to learn: each token follows from the one before, plus noise. Returns the stream
     of train tokens."""

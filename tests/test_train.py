@@ -1,4 +1,6 @@
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -213,8 +215,6 @@ def test_missing_hellaswag_is_said_once_and_the_run_goes_on(tmp_path, monkeypatc
 
 
 def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
-    import json
-
     from test_hellaswag import make_items
 
     import hellaswag
@@ -230,6 +230,31 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
     assert list(hella) == [0, 2, 3] and hella[3] == pytest.approx(metrics["hella"], abs=1e-4)
     out = capsys.readouterr().out
     assert len(re.findall(r"step +0 \| sample", out)) == 3 == len(re.findall(r"step +3 \| sample", out))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPU")
+def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
+    from test_hellaswag import make_items
+
+    write_shards(tmp_path / "data", [1500, 5000])
+    (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
+    settings = {**TINY, "vocab_size": 50304, "n_layer": 1, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 5,
+                "val_every": 2, "sample_every": 2, "data_dir": str(tmp_path / "data")}  # fmt: skip
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import pathlib, hellaswag, train_gpt2\nhellaswag.FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+        "train_gpt2.main(train_gpt2.parse_args())\n"
+    )
+    for name, compile in (("plain", "--no-compile"), ("compiled", "--compile")):
+        flags = flags_of(TrainConfig(**settings, log_dir=str(tmp_path / name)))
+        result = run(script, *flags, compile, env={"TORCH_LOGS": "recompiles", "PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, result.stdout
+    before, after = re.split(r"step +0/5 ", result.stdout)
+    assert "compile on" in before and "Recompiling" not in after
+    assert after.count("HellaSwag") == after.count("val loss") == 3 and after.count("| sample") == 9
+    for kind, tolerance in (("train", 1e-4), ("val", 2e-4), ("hella", 0)):
+        plain, compiled = (losses(read_log(tmp_path / name), kind) for name in ("plain", "compiled"))
+        assert compiled == pytest.approx(plain, abs=tolerance)
 
 
 def test_importing_touches_nothing(tmp_path):
