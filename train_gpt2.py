@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 from tools import durable
 from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
-from tools.distributed import distributed, set_timeout, sum_over_ranks, wait_for_all
+from tools.machine import (
+    PEAK_TFLOPS,
+    choose_compile,
+    choose_dtype,
+    distributed,
+    set_timeout,
+    sum_over_ranks,
+    to_device,
+    wait_for_all,
+)
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -102,35 +110,32 @@ def parse_args(argv=None):
 
 def check_config(c, world_size):
     """Raise InputError, with the remedy, for a TrainConfig that cannot run."""
-    problems = []
     for field in fields(c):
         least = {"keep_checkpoints": 2}.get(field.name, 0 if field.name.endswith(("_every", "_steps", "seed")) else 1)
         if field.type is int and getattr(c, field.name) < least:
             raise InputError(f"{field.name} is {getattr(c, field.name)}: it must be {least} or more")
     for name, choices in (("device", "auto cuda mps cpu"), ("dtype", "auto bfloat16 float16 float32")):
         if getattr(c, name) not in choices.split():
-            problems.append(f"{name} is {getattr(c, name)!r}: it must be one of {choices}")
+            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {choices}")
     if c.n_embd % c.n_head:
         fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
-        problems.append(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
+        raise InputError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
     rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # sequences of each rank in a step
     if rest or rows % c.micro_batch_size:
         fit = [n for n in range(1, rows + 1) if rows % n == 0 and not rest]
-        problems.append(
+        raise InputError(
             f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
             f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}"
         )
     sources = ("scratch", "resume", *OPENAI_MODELS)
     if c.init_from not in sources and not Path(c.init_from).is_file():
-        problems.append(f"init_from {c.init_from!r} is no file and none of {', '.join(sources)}")
+        raise InputError(f"init_from {c.init_from!r} is no file and none of {', '.join(sources)}")
     if c.vocab_size < 50257 and (c.sample_every or c.hellaswag_every):
-        problems.append(
+        raise InputError(
             f"vocab_size {c.vocab_size} is below GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0"
         )
     if c.device == "cuda" and not torch.cuda.is_available():
-        problems.append("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
-    if problems:
-        raise InputError("; ".join(problems))
+        raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
 
 
 # -----------------------------------------------------------------------------
@@ -267,6 +272,12 @@ class GPT(nn.Module):
             is_linear = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             own.copy_(weights[key].t() if is_linear else weights[key])
         return model
+
+    def flops_per_token(self):
+        """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention."""
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * weights + 6 * c.n_layer * c.n_embd * c.block_size
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type):
         """AdamW with the GPT-3 paper's betas; weight decay on matrices and embeddings, none on biases and norms."""
@@ -449,38 +460,6 @@ def sample(model, prompt, device, seed, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
-# The machine
-
-# dense 16-bit matrix products by datasheet, TFLOP/s
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
-
-
-def choose_dtype(name, device):
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32 if name == "auto" else getattr(torch, name)
-
-
-def choose_compile(wanted, device):
-    if wanted is not False and device.type == "cuda" and not find_spec("triton"):
-        print("warning: torch.compile is off, because Triton is not installed: pip install triton", flush=True)
-        return False
-    return device.type == "cuda" if wanted is None else wanted
-
-
-def to_device(tensor, device):
-    """Copy to the device; to CUDA from pinned memory, so that the host runs ahead instead of waiting for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def flops_per_token(model):
-    """6N + 6LCT: 6 operations a weight, less the positions, and the half of attention that is causal (as in llm.c)."""
-    c = model.config
-    weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
-    return 6 * weights + 6 * c.n_layer * c.n_embd * c.block_size
-
-
-# -----------------------------------------------------------------------------
 # The run
 
 
@@ -641,7 +620,7 @@ def main(config):
 
                 seconds = time.perf_counter() - start
                 speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
-                mfu = f" | MFU {speed * flops_per_token(model) / (world_size * peak * 1e12):.1%}" if peak else ""
+                mfu = f" | MFU {speed * model.flops_per_token() / (world_size * peak * 1e12):.1%}" if peak else ""
                 note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
                 log(
                     f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "

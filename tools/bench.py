@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 import hellaswag
 from tools.common import atomic_write
-from train_gpt2 import GPT, PEAK_TFLOPS, PRESETS, GPTConfig, TrainConfig, flops_per_token
+from tools.machine import PEAK_TFLOPS
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 LADDER = ("float32, plain attention", "TF32", "bfloat16", "compile", "flash attention", "padded vocabulary",
           "fused AdamW", "no logits kept")  # fmt: skip
@@ -52,7 +53,7 @@ class Trainer:
             self.loss = lambda x, y: self.model(input_ids=x, labels=x).loss
         else:
             model = GPT(GPTConfig(self.T, **sizes))
-            self.flops = flops_per_token(model)
+            self.flops = model.flops_per_token()
             self.loss = lambda x, y: self.model(x, y, return_logits="no logits kept" not in on)[1]
         model.to(device)
         self.parameters = list(model.parameters())

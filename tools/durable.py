@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tools.common import InputError, atomic_write
-from tools.distributed import sum_over_ranks
+from tools.machine import sum_over_ranks
 
 
 def save_checkpoint(log_dir, keep, parts, facts):

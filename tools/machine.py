@@ -1,13 +1,17 @@
 """
-The ranks of torchrun: joining and leaving them, sums over them. Alone, without torchrun, all of it does nothing.
+The machine: the ranks of torchrun (alone, without it, there is one), the device, what it can do.
 """
 
 import contextlib
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
+
+# dense 16-bit matrix products by datasheet, TFLOP/s
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
 
 
 @contextlib.contextmanager
@@ -55,3 +59,21 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def choose_dtype(name, device):
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if name == "auto" else getattr(torch, name)
+
+
+def choose_compile(wanted, device):
+    if wanted is not False and device.type == "cuda" and not find_spec("triton"):
+        print("warning: torch.compile is off, because Triton is not installed: pip install triton", flush=True)
+        return False
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def to_device(tensor, device):
+    """Copy to the device; to CUDA from pinned memory, so that the host runs ahead instead of waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
