@@ -90,9 +90,9 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),  # 1558M
     "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128,
-        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=180, warmup_steps=20, max_lr=3e-3,
-        val_every=45, val_tokens=32768, hellaswag_every=0, sample_every=180, sample_prompt="Return the",
-        checkpoint_every=90,
+        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=150, warmup_steps=20, max_lr=3e-3,
+        val_every=50, val_tokens=16384, hellaswag_every=0, sample_every=150, sample_prompt="Return the",
+        checkpoint_every=75,
     ),
 }  # fmt: skip
 
@@ -293,16 +293,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x @ weight.T, a chunk of tokens at a time, for CPU.
 
     The logits of 2,048 tokens take 400 MB, and there allocating and sweeping them costs more than the matrix products.
-    The chunks share two buffers, and as softmax - onehot is the gradient, they compute it on the way.
+    All chunks of all steps share two buffers, and as softmax - onehot is the gradient, they compute it on the way.
     """
 
     @staticmethod
+    @functools.cache
+    def buffers(rows, columns, dtype):
+        return torch.empty(2, rows, columns, dtype=dtype)
+
+    @staticmethod
     def forward(ctx, x, weight, targets):
-        chunk, w = 256, weight.to(x.dtype)  # tokens
+        chunk, w = 512, weight.to(x.dtype)  # tokens
         loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
         dx, dw = torch.zeros_like(x), torch.zeros_like(w)
-        logits = x.new_empty(chunk, len(w))
-        softmax = x.new_empty(chunk, len(w))
+        logits, softmax = ChunkedCrossEntropy.buffers(chunk, len(w), x.dtype)
         for xs, ys, dxs in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
             n, rows = len(xs), torch.arange(len(xs))
             torch.mm(xs, w.t(), out=logits[:n])
