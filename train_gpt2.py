@@ -27,18 +27,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from tools import durable
+from tools import durable, machine
 from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
-from tools.machine import (
-    PEAK_TFLOPS,
-    choose_compile,
-    choose_dtype,
-    distributed,
-    set_timeout,
-    sum_over_ranks,
-    to_device,
-    wait_for_all,
-)
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -437,7 +427,7 @@ def evaluate_loss(model, loader, num_rows, device, before_batch=lambda: None):
             total += loss * mine
             count += mine
     model.train()
-    total, count = sum_over_ranks(torch.stack([total, torch.tensor(float(count), device=device)])).tolist()
+    total, count = machine.sum_over_ranks(torch.stack([total, torch.tensor(float(count), device=device)])).tolist()
     return total / count
 
 
@@ -475,7 +465,7 @@ def build_missing_data(source, data_dir, local_rank):
         print(f"{data_dir}/ is missing, building it: python fineweb.py {' '.join(command[2:])}", flush=True)
         if subprocess.run(command).returncode:
             raise InputError(f"building {data_dir} failed, see above")
-    wait_for_all()
+    machine.wait_for_all()
 
 
 def main(config):
@@ -486,12 +476,12 @@ def main(config):
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
     with (
-        distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
+        machine.distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
         durable.stop_signals(device) as check_stop,
         contextlib.ExitStack() as held,
     ):
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
-        resuming = config.init_from == "resume" or sum_over_ranks(restarts).item() > 0
+        resuming = config.init_from == "resume" or machine.sum_over_ranks(restarts).item() > 0
         if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
             raise InputError(f"{log_dir}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
@@ -533,15 +523,15 @@ def main(config):
         else:
             model = load_model(config.init_from)
         model.to(device)
-        compiled = torch.compile(model, dynamic=False) if choose_compile(config.compile, device) else model
+        compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
         trained = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
         optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
-        dtype = choose_dtype(config.dtype, device)
+        dtype = machine.choose_dtype(config.dtype, device)
         autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
 
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        peak = next((value for name, value in PEAK_TFLOPS.items() if name in gpu), None)
+        peak = next((value for name, value in machine.PEAK_TFLOPS.items() if name in gpu), None)
         log(
             f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {gpu}, {dtype}, "
             f"compile {'off' if compiled is model else 'on'}, torch {torch.__version__}\n"
@@ -583,7 +573,7 @@ def main(config):
                     log(f"step {step:5d} | val loss {state['val_loss']:.4f}", f"{step} val {state['val_loss']:.4f}")
                 if hella is not None and due(config.hellaswag_every):
                     with autocast():
-                        counts = sum_over_ranks(hellaswag.evaluate(model, hella, device, check_stop))
+                        counts = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, check_stop))
                     _, right, total = counts.tolist()
                     metrics["hella"] = right / total
                     log(f"step {step:5d} | HellaSwag {right}/{total}", f"{step} hella {right / total:.4f}")
@@ -599,7 +589,7 @@ def main(config):
                 start = time.perf_counter()
                 loss_sum = torch.zeros((), device=device)
                 for micro_step in range(grad_accum_steps):
-                    x, y = (to_device(t, device) for t in train_loader.next_batch())
+                    x, y = (machine.to_device(t, device) for t in train_loader.next_batch())
                     if world_size > 1:  # DDP reads this in its forward: only the last backward synchronizes
                         trained.require_backward_grad_sync = micro_step == grad_accum_steps - 1
                     with autocast():
@@ -612,7 +602,7 @@ def main(config):
                 lr = get_lr(step, config)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
+                loss = machine.sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
                 # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same;
                 # float16's gradients overflow now and then by design, and its scaler skips those updates itself
                 finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
@@ -634,7 +624,7 @@ def main(config):
                 )
                 metrics["train_loss"] = loss
                 if step == first_step:
-                    set_timeout(config.collective_timeout)
+                    machine.set_timeout(config.collective_timeout)
         except durable.StopRun as reason:
             saved = save()
             if state["nonfinite"] >= config.max_nonfinite:
