@@ -4,6 +4,7 @@ What the scripts share: errors for the user, files that are never half-written, 
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -80,6 +81,15 @@ def lock_folder(folder):
         for stale in folder.glob("*.tmp"):
             stale.unlink()
         yield
+
+
+def hash_file(path, digest=None):
+    """The hash of a file in hexadecimal, sha256 unless told, read in pieces: shards and downloads are large."""
+    digest = digest or hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @functools.cache
