@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -58,13 +58,14 @@ def start_worker():
 
 def tokenize(texts):
     """Return (tokens of all texts as one uint16 array, number of documents, number of empty ones left out)."""
-    encoder = get_tokenizer()
+    encoder, start = get_tokenizer(), np.array([EOT], np.uint32)
     parts, documents = [], 0
     for text in texts:
         if text:
-            # no special tokens: a text that spells out <|endoftext|> is ordinary text. Lone surrogates become "?"
-            text = text.encode("utf-8", "replace").decode("utf-8")
-            parts += [[EOT], encoder.encode_to_numpy(text, disallowed_special=())]
+            if not text.isascii():
+                text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+            # no special tokens: a text that spells out <|endoftext|> is ordinary text
+            parts += [start, encoder.encode_to_numpy(text, disallowed_special=())]
             documents += 1
     tokens = np.concatenate(parts) if parts else np.empty(0)
     return tokens.astype("<u2"), documents, len(texts) - documents
@@ -88,16 +89,25 @@ def chunks(paths, column, row):
 
 
 def tokenize_in_parallel(chunks, pool, workers):
-    """Yield (start, *tokenize(texts)) of each chunk in order, so that no byte depends on the workers."""
+    """Yield (start, *tokenize(texts)) of each chunk in order, so that no byte depends on the workers.
+
+    What was read before an error comes first, then the error.
+    """
+    pending = deque()
 
     def submit(count):
-        return [(start, pool.submit(tokenize, texts)) for start, texts in itertools.islice(chunks, count)]
+        try:
+            for start, texts in itertools.islice(chunks, count):
+                pending.append((start, pool.submit(tokenize, texts)))
+        except InputError as error:
+            pending.append((None, Future()))
+            pending[-1][1].set_exception(error)
 
-    pending = deque(submit(8 * workers))  # bounded, whatever the source; enough to work on while a shard is written
+    submit(8 * workers)  # bounded, whatever the source, and enough to work on while a shard is written
     while pending:
         start, future = pending.popleft()
         yield start, *future.result()
-        pending.extend(submit(1))
+        submit(1)
 
 
 # -----------------------------------------------------------------------------

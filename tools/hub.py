@@ -19,7 +19,6 @@ from tools.common import SHARD_NAME, InputError, hash_file
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
-
 TRIES = 5
 RETRY_DELAY = float(os.environ.get("HUB_RETRY_DELAY", 2))  # seconds before the second try; doubles with each one
 
@@ -32,8 +31,7 @@ def patiently(what, attempt):
         except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
             status = getattr(getattr(error, "response", None), "status_code", None) or 0
             reason = " ".join(str(error).split()) or repr(error)
-            disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES)
-            if disk or isinstance(error, (TypeError, AttributeError, KeyError)):
+            if getattr(error, "errno", None) == errno.ENOSPC or isinstance(error, (TypeError, AttributeError)):
                 raise  # not the network's doing
             if status in (401, 403, 404):
                 raise InputError(
@@ -47,7 +45,7 @@ def patiently(what, attempt):
                     f"cannot read {what} from the Hugging Face hub, tried {tries} times: {reason} Check the network "
                     "and start again, which goes on from here; without one, use local files or --source demo"
                 ) from None
-            print(f"{what}: {reason} Trying again", file=sys.stderr, flush=True)
+            print(f"{what}: {reason} Trying again", file=sys.stderr)
             time.sleep(RETRY_DELAY * 2 ** (tries - 1))
 
 
@@ -76,8 +74,7 @@ def choose(paths, name=None, split="train"):
 
 def list_files(dataset, revision=None, name=None, split="train"):
     """Return (the commit that a branch, tag or commit stands for, [{"file", "size", "hash"}, ...])."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.hf_api import HfApi, RepoFile
 
     api = HfApi()
     commit = patiently(dataset, lambda: api.dataset_info(dataset, revision=revision).sha)
@@ -107,10 +104,9 @@ def check(path, file):
 
 def fetch(dataset, commit, file, folder):
     """Download one file into the folder, unless it is there already, and return its path once its hash is right."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import hf_hub_download, utils
 
-    disable_progress_bars()  # there is one bar, the caller's
+    utils.disable_progress_bars()  # there is one bar, the caller's
     path = folder / file["file"]
 
     def attempt():
@@ -138,9 +134,8 @@ def fetch_in_turn(dataset, commit, files, folder, first=0, keep=False):
         threading.Thread(target=run, daemon=True).start()  # a daemon: Ctrl-C does not wait for 2 GB
         return future
 
-    if not keep:
-        for file in files[:first]:  # left by a build that was killed
-            (folder / file["file"]).unlink(missing_ok=True)
+    for file in files[: 0 if keep else first]:  # left by a build that was killed
+        (folder / file["file"]).unlink(missing_ok=True)
     for stale in folder.rglob("*.incomplete"):
         stale.unlink()
     coming = start(first, Future()) if first < len(files) else None
