@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, run
 from hub import COMMIT, DATASET, serving
 
+from tools.common import InputError, find_shards
 from tools.hub import choose
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
@@ -227,6 +228,19 @@ def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_pat
     assert "every sha256 is right" in build("--verify").stdout
 
 
+@pytest.mark.parametrize("row_group_size", [1000, 25_000])
+def test_memory_does_not_grow_with_the_file(tmp_path, row_group_size):
+    rng, path = random.Random(0), tmp_path / "large.parquet"
+    texts = [rng.randbytes(1000).hex() for _ in range(25_000)]  # 50 MB that do not compress to less than 25
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
+    script = (
+        "import pathlib, sys, pyarrow; from tools.sources import documents_of\n"
+        "print(sum(1 for _ in documents_of(pathlib.Path(sys.argv[1]))), pyarrow.default_memory_pool().max_memory())"
+    )
+    rows, peak = subprocess.check_output([sys.executable, "-c", script, str(path)], cwd=ROOT, text=True).split()
+    assert int(rows) == 25_000 and int(peak) < 20e6, peak
+
+
 def test_files_are_chosen_by_name_and_split():
     fineweb = ["sample/10BT/000_00000.parquet", "sample/100BT/000_00000.parquet", "data/CC-MAIN-2024-10/0.parquet"]
     assert choose(fineweb, "sample-10BT") == fineweb[:1]
@@ -236,6 +250,15 @@ def test_files_are_chosen_by_name_and_split():
     assert choose(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin"]) == [
         "b_val_000000.bin", "b_train_000001.bin", "a_train_000002.bin",
     ]  # fmt: skip
+
+
+def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_those_that_it_does(build, hub, tmp_path):
+    assert build().returncode == 0
+    shard = tmp_path / "out" / "texts_train_000001.npy"
+    assert shard in find_shards(tmp_path / "out", "train")
+    shard.rename(tmp_path / "out" / "foreign_train_000001.npy")
+    with pytest.raises(InputError, match="foreign_train_000001.npy"):
+        find_shards(tmp_path / "out", "train")
 
 
 def test_a_document_of_50_mb(build, tmp_path):

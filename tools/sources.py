@@ -51,7 +51,8 @@ def table_documents(path, column, row):
     """One column of a .parquet from a row on. Row groups before it are not read; memory holds a batch at a time."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as table:
+    # pyarrow would read all row groups ahead, 2 GB of a file of FineWeb-Edu
+    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
         names, groups = table.schema_arrow.names, table.num_row_groups
         if column not in names:
             raise InputError(f'{path} has no "{column}" column: choose --text_column from its columns, {names}')
