@@ -129,7 +129,7 @@ def find_shards(data_root, split):
         raise InputError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
     if manifest:
         listed = {s["file"] for s in manifest["shards"] if SHARD_NAME.fullmatch(s["file"])["split"] == split}
-        for name in listed ^ {path.name for path in paths}:
+        for name in sorted(listed ^ {path.name for path in paths}):
             raise InputError(f"{root}/{name} is in the folder or in its manifest.json, not in both: build it again")
     return paths
 

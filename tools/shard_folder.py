@@ -5,6 +5,7 @@ The folder of shards while fineweb.py builds it: its manifest, the disk below it
 import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 from tools.common import SHARD_NAME, InputError, atomic_write, hash_file, open_shard, read_manifest
@@ -74,8 +75,13 @@ def removed_if_empty(out):
         yield
     except InputError:
         if not (out / "manifest.json").exists():
-            shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
             (out / "lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # the user's own files
-                out.rmdir()
+            for _ in range(20):  # the thread that fetches the next file may be at work there
+                shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
+                with contextlib.suppress(OSError):  # the user's own files
+                    out.rmdir()
+                    break
+                if not (out / DOWNLOADS).exists():
+                    break
+                time.sleep(0.1)
         raise
