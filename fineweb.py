@@ -8,249 +8,235 @@ Text in, GPT-2 token shards out: the data half of the GPT-2 reproduction.
 A shard is a one-dimensional .npy file of little-endian uint16: every document is <|endoftext|> (50256) followed by
 its tokens, and documents run on from one shard into the next. Shard 000000 is the validation split. manifest.json
 beside them says what they were made from, with the token count and sha256 of each.
+
+Killed at any instant, the same command goes on after the last finished shard and ends with the same bytes. Files from
+the hub are fetched one ahead, checked, and deleted once they are tokenized.
 """
 
 import argparse
-import ast
 import contextlib
-import hashlib
-import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
-import random
 import re
+import signal
 import sys
-import sysconfig
+import threading
+import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
-from tools.common import EOT, SHARD_NAME, InputError, atomic_write, front_door, get_tokenizer, read_manifest
-
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
-TEXT_SUFFIXES = {".parquet", ".jsonl", ".txt"}
-
-# -----------------------------------------------------------------------------
-# Sources: each yields documents as str (None where a row of a table has no text)
-
-
-def demo_documents():
-    """The manual pages and docstrings that are installed with Python and NumPy, shuffled with a fixed seed."""
-    from pydoc_data.topics import topics
-
-    texts = list(topics.values())
-    numpy_folder = importlib.util.find_spec("numpy").submodule_search_locations[0]
-    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(numpy_folder)):
-        for path in sorted(folder.rglob("*.py")):
-            if {"site-packages", "dist-packages", "test", "tests"} & set(path.relative_to(folder).parts):
-                continue
-            with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # Python ships a few files broken on purpose
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                        texts.append(ast.get_docstring(node) or "")
-    # one-liners teach little; a docstring inherited by copying must not stand in both splits
-    texts = list(dict.fromkeys(text for text in texts if len(text) >= 200))
-    random.Random(1337).shuffle(texts)
-    return texts
-
-
-def file_documents(path):
-    """The documents of one local file: rows of a .parquet or .jsonl with a "text" column, or a whole .txt."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(path) as table:
-                if "text" not in table.schema_arrow.names:
-                    raise InputError(f'{path} has no "text" column; its columns are {table.schema_arrow.names}')
-                for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                    yield from batch.column(0).to_pylist()
-        elif path.suffix == ".jsonl":
-            with open(path, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        yield json.loads(line.decode("utf-8"))["text"]
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise InputError(
-                            f'{path}, line {number} has no "text" string: {error!r}; mend it or delete it'
-                        ) from None
-        else:
-            yield path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
-def hub_documents(name, revision):
-    """The documents of a Hugging Face data set, streamed."""
-    from datasets import load_dataset
-
-    config = "sample-10BT" if name == FINEWEB_EDU else None
-    try:
-        for row in load_dataset(name, name=config, split="train", streaming=True, revision=revision):
-            yield row["text"]
-    except KeyError:
-        raise InputError(f'the data set {name} has no "text" column; its columns are {list(row)}') from None
-    except (OSError, ValueError) as error:  # no network, no such data set, no such configuration
-        raise InputError(
-            f"cannot read the data set {name} from the Hugging Face hub: {error}. Check the name and the network, "
-            "or build from local files or the demo corpus: --source FOLDER, --source demo"
-        ) from None
-
-
-def find_source(source):
-    """Return (what the manifest says of the source, a function that yields its documents)."""
-    path = Path(source)
-    if source == "demo":
-        return {
-            "source": "demo",
-            "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}",
-        }, demo_documents
-    if path.exists():
-        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
-        if not files or files[0].suffix not in TEXT_SUFFIXES:
-            raise InputError(f"{source} holds no file that ends in {', '.join(sorted(TEXT_SUFFIXES))}")
-        # sizes stand in for a revision: enough to notice that the folder has changed
-        revision = hashlib.sha256(repr([(p.name, p.stat().st_size) for p in files]).encode()).hexdigest()
-        return (
-            {"source": str(path.resolve()), "revision": revision},
-            lambda: itertools.chain.from_iterable(map(file_documents, files)),
-        )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in TEXT_SUFFIXES:
-        revision = FINEWEB_EDU_REVISION if source == FINEWEB_EDU else None
-        return {"source": source, "revision": revision}, lambda: hub_documents(source, revision)
-    raise InputError(f"no file or folder {source}; a Hugging Face data set is written owner/name, like {FINEWEB_EDU}")
-
+from tools.common import (
+    EOT,
+    InputError,
+    atomic_write,
+    front_door,
+    get_tokenizer,
+    hash_file,
+    lock_folder,
+    open_shard,
+    read_manifest,
+)
+from tools.hub import FINEWEB_EDU
+from tools.shard_folder import DOWNLOADS, check_disk, find_manifest, removed_if_empty, write_manifest
+from tools.sources import documents_of, find_source
 
 # -----------------------------------------------------------------------------
-# Documents to shards
+# Documents to tokens
+
+
+def start_worker():
+    """Leave Ctrl-C to the parent, and go when it goes, even by kill -9: an orphan would wait for work forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def tokenize(texts):
     """Return (tokens of all texts as one uint16 array, number of documents, number of empty ones left out)."""
-    encoder = get_tokenizer()
+    encoder, start = get_tokenizer(), np.array([EOT], np.uint32)
     parts, documents = [], 0
     for text in texts:
         if text:
-            # no special tokens: a text that spells out <|endoftext|> is ordinary text. Lone surrogates become "?"
-            text = text.encode("utf-8", "replace").decode("utf-8")
-            parts += [[EOT], encoder.encode_to_numpy(text, disallowed_special=())]
+            if not text.isascii():
+                text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+            # no special tokens: a text that spells out <|endoftext|> is ordinary text
+            parts += [start, encoder.encode_to_numpy(text, disallowed_special=())]
             documents += 1
     tokens = np.concatenate(parts) if parts else np.empty(0)
     return tokens.astype("<u2"), documents, len(texts) - documents
 
 
-def tokenize_in_parallel(documents, workers, start_method=None):
-    """Yield the results of `tokenize` over chunks of documents, in order, so that no byte depends on the workers.
-
-    Chunks of 256 documents, or fewer where they are long, keep the cost of the pool's pickling down.
-    """
-
-    def chunks():
-        chunk, length = [], 0
-        for text in documents:
-            chunk.append(text)
+def chunks(paths, column, row):
+    """Yield ((index of the file, row) of the first document, texts): 256 documents, or fewer where they are long,
+    since a pool that is handed one document at a time spends its time on handing over."""
+    start, texts, length = None, [], 0
+    for index, path in paths:
+        for position, text in enumerate(documents_of(path, column, row), start=row):
+            start = start or (index, position)
+            texts.append(text)
             length += len(text or "")
-            if len(chunk) == 256 or length > 1_000_000:
-                yield chunk
-                chunk, length = [], 0
-        if chunk:
-            yield chunk
-
-    todo = chunks()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method)) as pool:
-        pending = deque(pool.submit(tokenize, chunk) for chunk in itertools.islice(todo, 4 * workers))
-        while pending:  # a bounded queue: memory does not grow with the source
-            yield pending.popleft().result()
-            pending.extend(pool.submit(tokenize, chunk) for chunk in itertools.islice(todo, 1))
+            if len(texts) == 256 or length > 1_000_000:
+                yield start, texts
+                start, texts, length = None, [], 0
+        row = 0
+    if texts:
+        yield start, texts
 
 
-def pack(arrays, shard_size):
-    """Yield the concatenation of arrays in pieces of shard_size, the last one shorter. The buffer is reused."""
-    buffer, filled = np.empty(shard_size, "<u2"), 0
-    for array in arrays:
-        while len(array):
-            taken = min(len(array), shard_size - filled)
-            buffer[filled : filled + taken] = array[:taken]
-            filled, array = filled + taken, array[taken:]
-            if filled == shard_size:
-                yield buffer
-                filled = 0
-    if filled:
-        yield buffer[:filled]
+def tokenize_in_parallel(chunks, pool, workers):
+    """Yield (start, *tokenize(texts)) of each chunk in order, so that no byte depends on the workers.
 
-
-def build(source, out, shard_size=100_000_000, workers=None, start_method=None):
-    """Tokenize source into shards in the folder out and return its manifest. A finished folder is left as it is.
-
-    Raises InputError for a source that cannot be read and for a folder that holds something else.
+    What was read before an error comes first, then the error.
     """
+    pending = deque()
+
+    def submit(count):
+        try:
+            for start, texts in itertools.islice(chunks, count):
+                pending.append((start, pool.submit(tokenize, texts)))
+        except InputError as error:
+            pending.append((None, Future()))
+            pending[-1][1].set_exception(error)
+
+    submit(8 * workers)  # bounded, whatever the source, and enough to work on while a shard is written
+    while pending:
+        start, future = pending.popleft()
+        yield start, *future.result()
+        submit(1)
+
+
+# -----------------------------------------------------------------------------
+# Tokens to shards
+
+
+def show(bar, tokens, manifest, where):
+    """Count tokens on the bar; where there is no terminal for it, print it as a line every 30 seconds."""
+    bar.set_postfix_str(f"{manifest['documents']:,} documents, {where}, shard {len(manifest['shards']):06d}", False)
+    bar.update(tokens)
+    if not sys.stderr.isatty() and time.monotonic() >= getattr(bar, "next_line", 0):
+        print(bar, file=sys.stderr, flush=True)
+        bar.next_line = time.monotonic() + 30
+
+
+def pack_shards(out, manifest, progress, paths, pool, workers, bar):
+    """Tokenize the files from the progress on and write the shards.
+
+    Progress is where the last shard ends: `skip` tokens after the start of the document at a row of a file. Meanwhile
+    the counts in the manifest are those up to that document.
+    """
+    shards, skip = manifest["shards"], progress["skip"]
+    buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
+
+    def add_shard(tokens, **progress):
+        if not shards:
+            write_manifest(out, manifest)  # comes first: a folder with shards but no manifest is someone else's
+        path = out / f"{shard_name(manifest['source'])}_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+        with atomic_write(path) as file:
+            np.save(file, tokens)
+        shards.append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
+        write_manifest(out, manifest, progress=progress)
+
+    todo = chunks(paths(progress["file"]), manifest.get("text_column"), progress["row"])
+    for (file, row), tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
+        show(bar, len(tokens) - skip, manifest, manifest["files"][file]["file"])
+        while skip < len(tokens):
+            taken = min(len(tokens) - skip, len(buffer) - filled)
+            buffer[filled : filled + taken] = tokens[skip : skip + taken]
+            filled, skip = filled + taken, skip + taken
+            if filled == len(buffer):
+                add_shard(buffer, file=file, row=row, skip=skip)
+                filled = 0
+        skip = 0
+        manifest["documents"] += documents
+        manifest["skipped_empty"] += empty
+        manifest["tokens"] += len(tokens)
+    if len(shards) + (filled > 0 and len(shards) > 0) < 2:  # the source ends within the validation shard
+        raise InputError(
+            f"{manifest['source']} has {manifest['tokens']:,} tokens, which leaves none for training after a "
+            f"validation shard of {len(buffer):,}: give more text or --shard_size {max(1, manifest['tokens'] // 10)}"
+        )
+    if filled:
+        add_shard(buffer[:filled], file=len(manifest["files"]), row=0, skip=0)
+
+
+def place_shards(out, manifest, progress, paths, bar):
+    """Put fetched .bin shards into the folder."""
+    write_manifest(out, manifest, progress=progress)
+    for index, path in paths(progress["file"]):
+        tokens = open_shard(path)
+        manifest["documents"] += int(np.count_nonzero(tokens == EOT))
+        manifest["tokens"] += len(tokens)
+        manifest["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
+        os.replace(path, out / path.name)
+        write_manifest(out, manifest, progress={"file": index + 1, "row": 0, "skip": 0})
+        show(bar, len(tokens), manifest, path.name)
+
+
+def shard_name(source):
+    return "edufineweb" if source == FINEWEB_EDU else re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-")
+
+
+def go_on(out, wanted, manifest, open_source, pool, workers, keep):
+    """Make the shards that the manifest (None at first) does not list yet; returns the complete manifest."""
     from tqdm import tqdm
 
-    out = Path(out)
-    description, documents = find_source(source)
-    wanted = {**description, "tokenizer": "gpt2", "shard_size": shard_size}
-    manifest = read_manifest(out)
-    if manifest and {key: manifest.get(key) for key in wanted} != wanted:
-        found = {key: manifest.get(key) for key in wanted}
-        raise InputError(f"{out} already holds shards of {found}, not of {wanted}: choose another --out or delete it")
-    if manifest and manifest["complete"]:
-        print(f"{out} is already complete: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards")
-        return manifest
-    if not manifest and out.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in out.iterdir()):
-        raise InputError(f"{out} already holds shards of unknown origin: choose another --out or delete it")
-
-    counts = {"documents": 0, "skipped_empty": 0, "tokens": 0}
-    manifest = {**wanted, **counts, "shards": [], "complete": False}
-
-    def write_manifest():
-        with atomic_write(out / "manifest.json") as file:
-            file.write(json.dumps(manifest, indent=1).encode() + b"\n")
-
-    def counted(results):
-        for tokens, documents, skipped in results:
-            manifest["documents"] += documents
-            manifest["skipped_empty"] += skipped
-            manifest["tokens"] += len(tokens)
-            bar.update(len(tokens))
-            yield tokens
-
-    name = "edufineweb" if source == FINEWEB_EDU else re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-")
-    with tqdm(desc=f"tokenizing {source}", unit=" tokens", unit_scale=True, mininterval=0.5) as bar:
-        results = tokenize_in_parallel(documents(), workers or os.cpu_count(), start_method)
-        for index, shard in enumerate(pack(counted(results), shard_size)):
-            if index == 0 and len(shard) < shard_size:
-                break  # the source ends within the validation shard
-            split = "val" if index == 0 else "train"
-            path = out / f"{name}_{split}_{index:06d}.npy"
-            if index == 0:
-                out.mkdir(parents=True, exist_ok=True)
-                write_manifest()  # incomplete: whoever finds it knows that the build was interrupted
-            with atomic_write(path) as file:
-                np.save(file, shard)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            manifest["shards"].append({"file": path.name, "tokens": len(shard), "sha256": digest})
-            bar.set_postfix_str(path.name)
-    if len(manifest["shards"]) < 2:
-        raise InputError(
-            f"{source} has {manifest['tokens']:,} tokens, which leaves none for training after a validation shard of "
-            f"{shard_size:,}: give more text or --shard_size {max(1, manifest['tokens'] // 10)}"
-        )
+    commit, files, paths = open_source(out / DOWNLOADS, manifest and manifest["revision"], keep)
+    if not manifest:
+        manifest = {**wanted, "revision": commit or wanted["revision"], "files": files}
+        manifest["ready_made"] = files[0]["file"].endswith(".bin")
+        manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
+    progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
+    estimate, done = check_disk(out, manifest, keep), sum(shard["tokens"] for shard in manifest["shards"])
+    with contextlib.ExitStack() as stack:
+        screen = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
+        bar = tqdm(total=estimate or None, initial=done, file=screen, unit=" tokens", unit_scale=True, mininterval=0.5)
+        stack.enter_context(bar)
+        if manifest["ready_made"]:
+            place_shards(out, manifest, progress, paths, bar)
+        else:
+            pack_shards(out, manifest, progress, paths, pool, workers, bar)
     manifest["complete"] = True
-    write_manifest()
+    write_manifest(out, manifest)
     print(
         f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
         f"{len(manifest['shards'])} shards; {manifest['skipped_empty']:,} empty documents left out"
     )
     return manifest
+
+
+def build(
+    source, out, shard_size=100_000_000, workers=None, start_method=None,
+    name=None, split="train", text_column="text", revision=None, keep=False, verify=False,
+):  # fmt: skip
+    """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
+    unfinished one goes on after its last shard.
+
+    Raises InputError for a source that cannot be read and for a folder that holds something else.
+    """
+    out, workers = Path(out), workers or os.cpu_count()
+    about, open_source = find_source(source, name, split, text_column, revision)
+    wanted = {**about, "tokenizer": "gpt2", "shard_size": shard_size}
+    manifest = find_manifest(out, wanted, verify)
+    if manifest and manifest["complete"]:
+        return manifest
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker) as pool:
+            pool.submit(len, "")  # starts the workers, before there are threads to fork with or a lock to inherit
+            with lock_folder(out), removed_if_empty(out):
+                if manifest != read_manifest(out):  # another process was at work until just now
+                    manifest = find_manifest(out, wanted)
+                if manifest and manifest["complete"]:
+                    return manifest
+                return go_on(out, wanted, manifest, open_source, pool, workers, keep)
+    except BrokenProcessPool:
+        raise InputError("a worker died, most likely for want of memory: start again with fewer --workers") from None
+    except OSError as error:  # a full disk, for one
+        raise InputError(f"cannot write {out}: {error}; start again to go on after the last finished shard") from error
 
 
 def main():
@@ -261,11 +247,23 @@ def main():
     parser.add_argument("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, help="tokens a shard (default: 100,000,000; 100,000 for demo)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--name", help="configuration on the hub (default: sample-10BT for FineWeb and FineWeb-Edu)")
+    parser.add_argument("--split", default="train", help="split on the hub (default: %(default)s)")
+    parser.add_argument("--text_column", default="text", help="of .parquet and .jsonl (default: %(default)s)")
+    parser.add_argument(
+        "--revision", help="branch, tag or commit on the hub (default: FineWeb-Edu's is pinned, else main)"
+    )
+    parser.add_argument("--keep", action="store_true", help=f"keep what was fetched, in {DOWNLOADS}/ of the folder")
+    parser.add_argument("--verify", action="store_true", help="compute the sha256 of every shard that is there")
     args = parser.parse_args()
     if args.workers < 1 or (args.shard_size is not None and args.shard_size < 1):
         parser.error("--workers and --shard_size must be 1 or more")
-    shard_size = args.shard_size or (100_000 if args.source == "demo" else 100_000_000)
-    front_door(build, args.source, args.out, shard_size, args.workers)
+    args.shard_size = args.shard_size or (100_000 if args.source == "demo" else 100_000_000)
+    try:
+        front_door(lambda: build(**vars(args)))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What the scripts share: errors for the user, files that are never half-written, 
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -60,8 +61,7 @@ def atomic_write(path):
 def lock_folder(folder):
     """Make the folder and hold it for this process, by a lock of the operating system that goes when the process does.
 
-    Raises InputError, with the holder's process id and host, where another process holds it. Clears what an
-    interrupted atomic_write left.
+    Raises InputError, with the holder's process id and host, where another holds it. Clears stale temporary files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,22 @@ def lock_folder(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise InputError(
-                f"{folder}/ is being written by {file.read()}: wait for it, or stop it with kill"
-            ) from None
+            raise InputError(f"{folder}/ is being written by {file.read()}: wait, or stop it with kill") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         for stale in folder.glob("*.tmp"):
             stale.unlink()
         yield
+
+
+def hash_file(path, digest=None):
+    """The hash of a file in hexadecimal, sha256 unless told, read in pieces: shards and downloads are large."""
+    digest = digest or hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @functools.cache
@@ -120,6 +127,10 @@ def find_shards(data_root, split):
     manifest = read_manifest(root)
     if manifest and not manifest["complete"]:
         raise InputError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
+    if manifest:
+        listed = {s["file"] for s in manifest["shards"] if SHARD_NAME.fullmatch(s["file"])["split"] == split}
+        for name in sorted(listed ^ {path.name for path in paths}):
+            raise InputError(f"{root}/{name} is in the folder or in its manifest.json, not in both: build it again")
     return paths
 
 

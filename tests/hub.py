@@ -1,0 +1,117 @@
+"""
+A stand-in for the Hugging Face hub on 127.0.0.1, for the real client: HF_ENDPOINT is its `endpoint`.
+
+It serves repo info, the tree at a revision, and files with ETag, X-Repo-Commit, Content-Length and Range. `mishaps`
+holds what goes wrong with the next requests of a file: (path, kind), taken one a GET, or for ever where it is a dict.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DATASET = "someone/texts"
+
+
+class Hub:
+    def __init__(self, files):
+        self.files = dict(files)  # path -> bytes
+        self.claims = {}  # path -> size that the tree claims
+        self.mishaps = []  # (path, kind), each once
+        self.always = {}  # path -> kind
+        self.requests = Counter()  # (method, path)
+        self.commit = COMMIT
+
+    def next_mishap(self, path):
+        for mishap in self.mishaps:
+            if mishap[0] == path:
+                self.mishaps.remove(mishap)
+                return mishap[1]
+        return self.always.get(path)
+
+    def tree(self):
+        for path, content in self.files.items():
+            size, sha256 = self.claims.get(path, len(content)), hashlib.sha256(content).hexdigest()
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            large = {"lfs": {"oid": sha256, "size": size, "pointerSize": 130}} if len(content) > 1000 else {}
+            yield {"type": "file", "path": path, "size": size, "oid": git, **large}
+        for folder in {path.rsplit("/", 1)[0] for path in self.files if "/" in path}:
+            yield {"type": "directory", "path": folder, "oid": "0" * 40}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b"", headers=(), send=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body if send is None else body[:send])
+        if send is not None:  # cut the connection
+            self.wfile.flush()
+            self.close_connection = True
+
+    def do_GET(self):
+        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        if match := re.fullmatch(rf"/api/datasets/{DATASET}(/revision/(?P<revision>.+))?", path):
+            hub.requests["info"] += 1
+            if hub.next_mishap("info"):
+                return self.answer(500)
+            if match["revision"] not in (None, "main", "v1", hub.commit, COMMIT):
+                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            body = {"id": DATASET, "sha": COMMIT if match["revision"] == COMMIT else hub.commit, "siblings": []}
+            return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if path == f"/api/datasets/{DATASET}/tree/{COMMIT}":
+            return self.answer(200, json.dumps(list(hub.tree())).encode(), {"Content-Type": "application/json"})
+        prefix = f"/datasets/{DATASET}/resolve/{COMMIT}/"
+        if path.startswith(prefix) and (name := path[len(prefix) :]) in hub.files:
+            return self.send_file(hub, name, hub.files[name])
+        self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def send_file(self, hub, name, content):
+        hub.requests[self.command, name] += 1
+        etag = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.answer(200, b"", {**headers, "Content-Length": len(content)})
+        kind = hub.next_mishap(name)
+        if kind in ("429", "500"):
+            return self.answer(int(kind))
+        if kind == "wrong":
+            return self.answer(200, content[:-1] + bytes([content[-1] ^ 1]), headers)
+        if kind == "short":  # the whole answer, of a file that lost its end
+            return self.answer(200, content[: len(content) // 2], headers)
+        start = 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        self.answer(206 if start else 200, body, headers, send=len(body) // 2 if kind == "cut" else None)
+
+
+@contextlib.contextmanager
+def serving(files):
+    hub = Hub(files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.hub = True, hub
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

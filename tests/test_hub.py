@@ -1,0 +1,272 @@
+"""fineweb.py as a user runs it, against a stand-in hub that misbehaves."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, run
+from hub import COMMIT, DATASET, serving
+
+from tools.common import InputError, find_shards
+from tools.hub import choose
+
+WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
+
+
+def texts_of(seed, count=900):
+    """Random English-like documents, some of them empty or missing."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 200))) for _ in range(count)]
+    return [rng.choice(["", None]) if i % 97 == 5 else text for i, text in enumerate(texts)]
+
+
+def parquet_of(**columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, row_group_size=100)
+    return file.getvalue()
+
+
+def bin_of(tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
+
+
+TABLES = {
+    f"data/train-{i:05d}-of-00003.parquet": parquet_of(id=list(range(900)), text=texts_of(i)) for i in range(3)
+}  # fmt: skip
+SECOND = "data/train-00001-of-00003.parquet"
+BINS = {f"edu_{'train' if i else 'val'}_{i:06d}.bin": bin_of([50256, 1, 2, i] * 500) for i in range(3)}
+
+
+@pytest.fixture
+def hub():
+    test_table = {"data/test-00000-of-00001.parquet": parquet_of(text=["not for training"] * 9)}
+    with serving({**TABLES, **test_table, "README.md": b"texts"}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def environment(tmp_path, hub):
+    return {
+        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1",
+        "HUB_RETRY_DELAY": "0.01",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def build(environment, tmp_path):
+    def build(*flags, out="out", source=DATASET, shard_size=10_000, workers=2):
+        return run(
+            "fineweb.py", "--source", source, "--out", tmp_path / out, "--shard_size", shard_size, "--workers", workers,
+            *flags, env=environment,
+        )  # fmt: skip
+
+    return build
+
+
+def content(folder):
+    """Every file but the lock: what a build leaves."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def assert_refused(result, *words):
+    assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
+    for word in words:
+        assert word in result.stdout, result.stdout
+
+
+def test_only_the_split_is_built_and_nothing_else_is_left(build, hub, tmp_path):
+    result = build()
+    assert result.returncode == 0, result.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    texts = [text for i in range(3) for text in texts_of(i)]
+    assert manifest["documents"] == sum(map(bool, texts)) and manifest["skipped_empty"] == len(texts) - sum(
+        map(bool, texts)
+    )
+    assert manifest["revision"] == COMMIT and [file["file"] for file in manifest["files"]] == list(TABLES)
+    assert set(content(tmp_path / "out")) == {"manifest.json", *(shard["file"] for shard in manifest["shards"])}
+    assert all(hub.requests["GET", path] == 1 for path in TABLES)
+
+
+def test_workers_change_no_byte_of_shards_and_manifest(build, tmp_path):
+    for workers in (1, 3):
+        assert build(out=f"out{workers}", workers=workers).returncode == 0
+    assert content(tmp_path / "out1") == content(tmp_path / "out3")
+
+
+def test_twenty_kills_at_any_instant_change_no_byte(build, hub, environment, tmp_path):
+    assert build(out="undisturbed", shard_size=2000).returncode == 0
+    expected = content(tmp_path / "undisturbed")
+    rng, kills, folder = random.Random(0), 0, 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "fineweb.py"), "--source", DATASET, "--out", str(tmp_path / f"out{folder}"),
+             "--shard_size", "2000", "--workers", "2"],
+            env={**os.environ, **environment}, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=rng.uniform(0.5, 1.1) if kills < 20 else 100)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, output.decode()
+        assert content(tmp_path / f"out{folder}") == expected
+        if kills >= 20:
+            break
+        folder += 1  # it got through: the kills that are left go to another build
+
+
+def test_no_worker_outlives_a_killed_parent(build, hub, environment, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "fineweb.py"), "--source", DATASET, "--out", str(tmp_path / "out"),
+         "--shard_size", "2000", "--workers", "3"],
+        env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "of disk" in process.stdout.readline()  # it is at work
+    process.kill()
+    process.communicate(timeout=20)  # returns once the last process that holds the pipe is gone
+    assert build(shard_size=2000).returncode == 0
+
+
+def test_every_mishap_is_survived(build, hub, tmp_path):
+    assert build(out="undisturbed").returncode == 0
+    hub.mishaps = [("info", "500"), *((SECOND, kind) for kind in ("429", "500", "cut", "short", "wrong"))]
+    result = build()
+    assert result.returncode == 0, result.stdout
+    assert not hub.mishaps and content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("kind, words", [("500", "500"), ("wrong", "has the hash")])
+def test_lasting_trouble_is_named_and_loses_nothing(build, hub, tmp_path, kind, words):
+    assert build(out="undisturbed").returncode == 0
+    hub.always[SECOND] = kind
+    assert_refused(build(), SECOND, "tried 5 times", words, "start again")
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
+    assert finished
+    hub.always.clear()
+    hub.commit = "f" * 40  # the branch has moved on: the build stays with the commit that it began with
+    assert build().returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+
+
+def test_no_network_is_said_with_the_remedy(build, environment, tmp_path):
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert_refused(build(), "Check the network", "--source demo")
+    environment["HF_HUB_OFFLINE"] = "1"
+    assert_refused(build(), "Check the network", "tried 1 times")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_folder_is_checked_without_the_network(build, hub, environment, tmp_path):
+    assert build().returncode == 0
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert "every size is right" in build().stdout
+    assert "every sha256 is right" in build("--verify").stdout
+    shard = tmp_path / "out" / "texts_train_000001.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_refused(build("--verify"), "texts_train_000001.npy", "sha256")
+    shard.write_bytes(whole[:-2])
+    assert_refused(build(), "texts_train_000001.npy")
+
+
+def test_refusals_leave_nothing_behind(build, hub, tmp_path):
+    for flags, words in {
+        ("--text_column", "body"): ["no \"body\" column", "'id', 'text'"],
+        ("--text_column", "id"): ["int64"],
+        ("--name", "sample-10BT"): ["--name sample-10BT", "folders with .parquet files: data"],
+        ("--split", "validation"): ["--split validation"],
+        ("--revision", "nowhere"): ["--revision"],
+    }.items():  # fmt: skip
+        assert_refused(build(*flags), *words)
+        assert not (tmp_path / "out").exists(), flags
+    assert_refused(build(source="someone/else"), "someone/else", "hf auth login")
+    assert_refused(build("--name", "x", source=ROOT / "tests"), "--name")
+    hub.claims[SECOND] = 10**15
+    assert_refused(build(), "GB of disk", "GB are free")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_folder_refuses_other_flags_and_names_both(build, hub, tmp_path):
+    hub.always[SECOND] = "500"
+    build()
+    before = content(tmp_path / "out")
+    assert_refused(build(shard_size=5000), "'shard_size': 10000", "'shard_size': 5000")
+    assert_refused(build("--revision", "v1"), "'main'", "'v1'")
+    (tmp_path / "other.txt").write_text("other text")
+    assert_refused(build(source=tmp_path / "other.txt"), "already holds shards of", DATASET)
+    assert content(tmp_path / "out") == before
+
+
+def test_keep_keeps_the_files(build, hub, tmp_path):
+    assert build("--keep").returncode == 0
+    assert all((tmp_path / "out" / ".download" / path).read_bytes() == TABLES[path] for path in TABLES)
+
+
+def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_path):
+    hub.files = {**BINS, "README.md": b"shards"}
+    hub.always["edu_train_000002.bin"] = "wrong"
+    assert_refused(build(), "edu_train_000002.bin", "has the hash")
+    hub.always.clear()
+    assert build().returncode == 0
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert content(tmp_path / "out") == {**BINS, "manifest.json": manifest}
+    assert json.loads(manifest)["documents"] == 1500 and json.loads(manifest)["complete"]
+    assert hub.requests["GET", "edu_train_000001.bin"] == 1
+    assert "every sha256 is right" in build("--verify").stdout
+
+
+@pytest.mark.parametrize("row_group_size", [1000, 25_000])
+def test_memory_does_not_grow_with_the_file(tmp_path, row_group_size):
+    rng, path = random.Random(0), tmp_path / "large.parquet"
+    texts = [rng.randbytes(1000).hex() for _ in range(25_000)]  # 50 MB that do not compress to less than 25
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
+    script = (
+        "import pathlib, sys, pyarrow; from tools.sources import documents_of\n"
+        "print(sum(1 for _ in documents_of(pathlib.Path(sys.argv[1]))), pyarrow.default_memory_pool().max_memory())"
+    )
+    rows, peak = subprocess.check_output([sys.executable, "-c", script, str(path)], cwd=ROOT, text=True).split()
+    assert int(rows) == 25_000 and int(peak) < 20e6, peak
+
+
+def test_files_are_chosen_by_name_and_split():
+    fineweb = ["sample/10BT/000_00000.parquet", "sample/100BT/000_00000.parquet", "data/CC-MAIN-2024-10/0.parquet"]
+    assert choose(fineweb, "sample-10BT") == fineweb[:1]
+    assert choose(fineweb, "CC-MAIN-2024-10") == fineweb[2:]
+    converted = ["en/train/0000.parquet", "en/test/0000.parquet", "de/train/0000.parquet"]
+    assert choose(converted, "en") == converted[:1] and choose(converted, "en", "test") == converted[1:2]
+    assert choose(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin"]) == [
+        "b_val_000000.bin", "b_train_000001.bin", "a_train_000002.bin",
+    ]  # fmt: skip
+
+
+def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_those_that_it_does(build, hub, tmp_path):
+    assert build().returncode == 0
+    shard = tmp_path / "out" / "texts_train_000001.npy"
+    assert shard in find_shards(tmp_path / "out", "train")
+    shard.rename(tmp_path / "out" / "foreign_train_000001.npy")
+    with pytest.raises(InputError, match="foreign_train_000001.npy"):
+        find_shards(tmp_path / "out", "train")
+
+
+def test_a_document_of_50_mb(build, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one two three four " * 2_700_000}) + "\n\n")
+    result = build(source=tmp_path / "long.jsonl", shard_size=5_000_000)
+    assert "1 documents, 10,800,002 tokens in 3 shards; 1 empty" in result.stdout
+
+
+def test_importing_takes_in_nothing_heavy():
+    script = "import fineweb, sys; print({'datasets', 'huggingface_hub', 'pyarrow', 'tqdm'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True) == "set()\n"
