@@ -21,7 +21,6 @@ except ImportError:  # Windows has no such locks
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
@@ -100,7 +99,7 @@ def get_tokenizer():
         "gpt2",
         pat_str=r50k_pat_str,
         mergeable_ranks=load_tiktoken_bpe(
-            str(ROOT / "assets" / "gpt2.tiktoken"),
+            str(Path(__file__).parent.parent / "assets" / "gpt2.tiktoken"),
             expected_hash="306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
         ),
         special_tokens={"<|endoftext|>": EOT},
