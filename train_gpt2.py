@@ -7,6 +7,9 @@ Train GPT-2 from scratch: one file, read top to bottom.
 
 Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
 The data come from fineweb.py, the HellaSwag score from hellaswag.py.
+
+Measured: the demo's validation loss falls from 10.74 to 5.35 in 83 s on 2 CPU cores (torch 2.13.0, one run); GPT-2 124M
+trains at 531,000 tokens/s, MFU 42.9%, on one H200 (torch 2.11.0, bfloat16, compile, 5 steps of a 20-step run).
 """
 
 import argparse
@@ -480,6 +483,7 @@ def main(config):
         durable.stop_signals(device) as check_stop,
         contextlib.ExitStack() as held,
     ):
+        # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
         resuming = config.init_from == "resume" or machine.sum_over_ranks(restarts).item() > 0
         if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):

@@ -64,7 +64,8 @@ def check_disk(out, manifest, keep):
             f"{out} needs {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: make room, or choose another "
             "--out"
         )
-    print(f"{out} needs about {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free", flush=True)
+    if need > 1e8:
+        print(f"{out} needs about {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", flush=True)
     return tokens
 
 
