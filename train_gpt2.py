@@ -635,7 +635,10 @@ def main(config):
                 raise InputError(f"{reason}: try a lower max_lr or --dtype float32, and --init_from resume") from None
             log(f"{reason}. To go on, give the same command with --init_from resume")
         else:
-            log(f"done. All is in {log_dir}/. Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt")
+            following = (
+                f" Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt" if config.checkpoint_every else ""
+            )
+            log(f"done. All is in {log_dir}/.{following}")
         if not saved:
             raise InputError(f"the last checkpoint could not be saved: make room for it in {log_dir}/ and resume")
         return {"step": state["step"], "val_loss": state["val_loss"], **metrics}
