@@ -1,8 +1,7 @@
 """
 What each optimization buys on this machine: one training step, one optimization more in every row. No data needed.
 
-    python -m tools.bench                                        # the ladder, the peer and HellaSwag, on CUDA or CPU
-    python -m tools.bench --json docs/bench.json --plot docs/bench.png
+    python -m tools.bench --json bench.json --plot bench.png       # the ladder, the peer and HellaSwag
 
 A row trains the same model on the same random tokens: forward, backward, clipping, AdamW. The peer is Hugging Face's
 GPT-2 in the same loop, its steps alternating with ours. Times are medians; MFU counts 6N + 6LCT operations a token over
@@ -13,22 +12,22 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import random
 import statistics
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 import hellaswag
-from tools.common import atomic_write
 from tools.machine import PEAK_TFLOPS
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
-LADDER = ("float32, plain attention", "TF32", "bfloat16", "compile", "flash attention", "padded vocabulary",
-          "fused AdamW", "no logits kept")  # fmt: skip
 CUDA_ONLY = ("TF32", "bfloat16", "compile")
+LADDER = ("plain float32", *CUDA_ONLY, "flash attention", "padded vocabulary", "fused AdamW", "no logits kept")
 
 
 def plain_attention(q, k, v, is_causal):
@@ -56,11 +55,11 @@ class Trainer:
             self.flops = model.flops_per_token()
             self.loss = lambda x, y: self.model(x, y, return_logits="no logits kept" not in on)[1]
         model.to(device)
-        self.parameters = list(model.parameters())
         self.model = torch.compile(model, dynamic=False) if "compile" in on else model
         self.optimizer = GPT.configure_optimizers(model, 0.1, 6e-4, device.type)
         if "fused AdamW" not in on:
-            self.optimizer = torch.optim.AdamW(self.optimizer.param_groups, foreach=False, fused=False)
+            for group in self.optimizer.param_groups:
+                group.update(fused=False, foreach=False)
 
     def step(self):
         """Returns the seconds that it took."""
@@ -73,7 +72,7 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled="bfloat16" in self.on):
                 loss = self.loss(x, y)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         loss.item()  # waits for the device
@@ -87,7 +86,6 @@ def measure(trainers, steps, warmup=3):
 
 
 def climb(device, config, B, steps, names, peak):
-    """Print and return a row for each rung of the ladder."""
     rows = []
     for i, name in enumerate(names):
         gc.collect()
@@ -101,9 +99,8 @@ def climb(device, config, B, steps, names, peak):
         row["speedup"] = rows[-1]["ms"] / row["ms"] if rows else 1.0
         if device.type == "cuda":
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if peak:
-            row["mfu"] = row["tokens_per_second"] * trainer.flops / (peak * 1e12)
-        print(f"{name:26}" + "".join(f" {key} {value:,.2f} " for key, value in row.items() if key != "row"), flush=True)
+            row["mfu"] = row["tokens_per_second"] * trainer.flops / ((peak or math.nan) * 1e12)
+        print(f"{name:18}" + "".join(f" {key} {value:,.2f} " for key, value in row.items() if key != "row"), flush=True)
         rows.append(row)
     return rows
 
@@ -121,26 +118,24 @@ def hellaswag_speed(device, config, count):
         start = time.perf_counter()
         hellaswag.evaluate(model, batches, device).tolist()
         seconds[name] = (time.perf_counter() - start) / count * 100
+    print("HellaSwag, seconds for 100 items:", seconds)
     return seconds
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure what each optimization buys", allow_abbrev=False)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a row (default: %(default)s)")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="draw the ladder into this PNG")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TrainConfig(**PRESETS["gpt2" if device.type == "cuda" else "demo"])
     names = [name for name in LADDER if device.type == "cuda" or name not in CUDA_ONLY]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in gpu), None)
-    print(
-        f"{gpu}, torch {torch.__version__}, {args.batch} x {config.sequence_length} tokens a step, peak {peak} TFLOP/s"
-    )
     figures = {"device": gpu, "torch": torch.__version__, "peak_tflops": peak, "batch": args.batch}
+    print(figures, flush=True)
     figures["ladder"] = climb(device, config, args.batch, args.steps, names, peak)
     with contextlib.suppress(ImportError):  # transformers is not needed for anything else here
         pair = [Trainer(device, config, args.batch, names, peer) for peer in (False, True)]
@@ -148,16 +143,13 @@ def main():
         figures["peer"] = {"ours_ms": ours * 1e3, "transformers_ms": theirs * 1e3, "ratio": theirs / ours}
         print("transformers, with the same settings:", figures["peer"])
     figures["hellaswag"] = hellaswag_speed(device, config, 2000 if device.type == "cuda" else 100)
-    print("HellaSwag, seconds for 100 items:", figures["hellaswag"])
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(figures, indent=1).encode() + b"\n")
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-        axes.barh([row["row"] for row in figures["ladder"]], [row["tokens_per_second"] for row in figures["ladder"]])
-        axes.invert_yaxis()
+        axes.barh(names[::-1], [row["tokens_per_second"] for row in reversed(figures["ladder"])])
         axes.set(xlabel="tokens/s", title=f"One optimization more in every row ({gpu}, torch {torch.__version__})")
         figure.savefig(args.plot, dpi=150)
 
