@@ -286,37 +286,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x @ weight.T, a chunk of tokens at a time, for CPU.
 
     The logits of 2,048 tokens take 400 MB, and there allocating and sweeping them costs more than the matrix products.
-    All chunks of all steps share two buffers, and as softmax - onehot is the gradient, they compute it on the way.
+    All chunks of all steps share one buffer, and as softmax - onehot is the gradient, they compute it on the way.
     """
 
     @staticmethod
     @functools.cache
-    def buffers(rows, columns, dtype):
-        return torch.empty(2, rows, columns, dtype=dtype)
+    def buffer(rows, columns, dtype):
+        return torch.empty(rows, columns, dtype=dtype)
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        chunk, w = 512, weight.to(x.dtype)  # tokens
-        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
-        dx, dw = torch.zeros_like(x), torch.zeros_like(w)
-        logits, softmax = ChunkedCrossEntropy.buffers(chunk, len(w), x.dtype)
-        for xs, ys, dxs in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
-            n, rows = len(xs), torch.arange(len(xs))
-            torch.mm(xs, w.t(), out=logits[:n])
-            p = torch.softmax(logits[:n], dim=1, out=softmax[:n])
+        chunk, w, count = 512, weight.to(x.dtype), (targets >= 0).sum()  # chunk: tokens
+        loss, ctx.dx, ctx.dw = x.new_zeros((), dtype=torch.float32), torch.zeros_like(x), torch.zeros_like(w)
+        buffer = ChunkedCrossEntropy.buffer(chunk, len(w), x.dtype)
+        for xs, ys, dxs in zip(x.split(chunk), targets.split(chunk), ctx.dx.split(chunk), strict=True):
+            rows = torch.arange(len(xs))
+            p = torch.mm(xs, w.t(), out=buffer[: len(xs)])
+            p = torch.softmax(p, dim=1, out=p)
             loss -= p[rows, ys.clamp(min=0)].float().clamp(min=1e-38).log()[ys >= 0].sum()
             if ctx.needs_input_grad[0]:
                 p[rows, ys.clamp(min=0)] -= 1
-                p[ys < 0] = 0
+                p[rows[ys < 0]] = 0  # by row number: a mask would sweep all of p
                 torch.mm(p, w, out=dxs)
-                dw.addmm_(p.t(), xs)
-        ctx.save_for_backward(dx, dw, count)
+                ctx.dw.addmm_(p.t(), xs)
+        ctx.dx /= count
+        ctx.dw /= count
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw, count = ctx.saved_tensors
-        return dx * (grad / count).to(dx.dtype), (dw * (grad / count).to(dw.dtype)).float(), None
+        return ctx.dx.mul_(grad), ctx.dw.mul_(grad).float(), None
 
 
 def load_model(name):
