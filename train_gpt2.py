@@ -17,8 +17,6 @@ import contextlib
 import functools
 import math
 import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 from tools import durable, machine
 from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
+from tools.shard_folder import build_missing
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -52,7 +51,7 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
     total_batch_size: int = 524288  # tokens an optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = 64  # sequences a forward pass on one rank: the largest power of two that fits
+    micro_batch_size: int = 64  # sequences a forward pass on one rank; where these do not fit, a power of two that does
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 715  # steps of linear warm-up: 375M tokens
     max_lr: float = 6e-4
@@ -72,6 +71,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
+    activation_checkpointing: bool | None = None  # less memory for a third more time; None: where nothing else fits
     max_nonfinite: int = 5  # stop after so many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds until ranks that wait for a dead or hung one give up
 
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train GPT-2", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2", help="a named set of overrides (default: gpt2)")
     for field in fields(TrainConfig):
-        kind = {"action": argparse.BooleanOptionalAction} if field.name == "compile" else {"type": field.type}
+        kind = {"action": argparse.BooleanOptionalAction} if field.type == bool | None else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=f"default: {field.default!r}", **kind)
     flags = vars(parser.parse_args(argv))
     return TrainConfig(**{**PRESETS[flags.pop("preset")], **flags})
@@ -124,11 +124,7 @@ def check_config(c, world_size):
     if c.init_from not in sources and not Path(c.init_from).is_file():
         raise InputError(f"init_from {c.init_from!r} is no file and none of {', '.join(sources)}")
     if c.vocab_size < 50257 and (c.sample_every or c.hellaswag_every):
-        raise InputError(
-            f"vocab_size {c.vocab_size} is below GPT-2's 50257: it needs --sample_every 0 --hellaswag_every 0"
-        )
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
+        raise InputError(f"vocab_size {c.vocab_size} is below 50257: it needs --sample_every 0 --hellaswag_every 0")
 
 
 # -----------------------------------------------------------------------------
@@ -189,6 +185,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: keep only what lies between blocks
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -221,7 +218,8 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}: shorten it")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x)
+            recompute = self.activation_checkpointing and torch.is_grad_enabled()
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -255,9 +253,7 @@ class GPT(nn.Module):
 
             theirs = GPT2LMHeadModel.from_pretrained(name)
         except (ImportError, OSError) as error:
-            raise InputError(
-                f"cannot load {name}, which takes pip install transformers and a network: {error}"
-            ) from None
+            raise InputError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
         c, weights = theirs.config, theirs.state_dict()
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
         for key, own in model.state_dict().items():
@@ -342,9 +338,7 @@ class DataLoaderLite:
     num_processes * B rows, B of them on each rank, so that the same rows follow each other whatever the two are.
     """
 
-    def __init__(
-        self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=1337
-    ):
+    def __init__(self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0):
         self.B, self.T, self.process_rank, self.num_processes = B, T, process_rank, num_processes
         self.split, self.seed = split, seed
         self.paths = find_shards(data_root, split)
@@ -352,9 +346,7 @@ class DataLoaderLite:
         self.ends = np.cumsum([len(shard) for shard in self.shards])  # where each one ends in the stream
         self.num_rows = int(self.ends[-1] - 1) // T
         if self.num_rows == 0:
-            raise InputError(
-                f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for a row of {T} + 1: build more"
-            )
+            raise InputError(f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for {T} + 1: build more")
         for i in range(process_rank, len(self.paths), num_processes):  # the ranks share the reading
             if self.shards[i].max() >= vocab_size:
                 at = int(np.argmax(self.shards[i] >= vocab_size))
@@ -459,15 +451,19 @@ def sample(model, prompt, device, seed, count=3, length=32):
 # The run
 
 
-def build_missing_data(source, data_dir, local_rank):
-    """Have one process of each machine build a missing data_dir with fineweb.py while the others wait."""
-    manifest = read_manifest(data_dir)
-    if source and local_rank == 0 and not (manifest and manifest["complete"]):
-        command = [sys.executable, str(Path(__file__).with_name("fineweb.py")), "--source", source, "--out", data_dir]
-        print(f"{data_dir}/ is missing, building it: python fineweb.py {' '.join(command[2:])}", flush=True)
-        if subprocess.run(command).returncode:
-            raise InputError(f"building {data_dir} failed, see above")
-    machine.wait_for_all()
+def accumulate_gradients(model, loader, micro_steps, device, autocast, scaler, synchronize=True):
+    """Add the gradients of the mean loss over the loader's next micro-batches; return that loss, a float32 scalar."""
+    total = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        x, y = (machine.to_device(t, device) for t in loader.next_batch())
+        # DDP reads this in its forward: only the last backward sums over the ranks, while it runs
+        model.require_backward_grad_sync = synchronize and micro_step == micro_steps - 1
+        with autocast():
+            _, loss = model(x, y, return_logits=False)
+        loss = loss / micro_steps
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 def main(config):
@@ -477,6 +473,7 @@ def main(config):
     """
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
+    clock = machine.Stopwatch()
     with (
         machine.distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
         durable.stop_signals(device) as check_stop,
@@ -499,8 +496,9 @@ def main(config):
         # data
         B, T = config.micro_batch_size, config.sequence_length
         rows_per_step = config.total_batch_size // T
-        grad_accum_steps = rows_per_step // (B * world_size)
-        build_missing_data(config.data_source, config.data_dir, local_rank)
+        if local_rank == 0 and config.data_source:
+            build_missing(config.data_source, config.data_dir)
+        machine.wait_for_all()
         train_loader, val_loader = (
             DataLoaderLite(B, T, rank, world_size, split, config.data_dir, config.vocab_size, config.seed)
             for split in ("train", "val")
@@ -533,33 +531,44 @@ def main(config):
         autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
 
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        peak = next((value for name, value in machine.PEAK_TFLOPS.items() if name in gpu), None)
+        device_name, peak = machine.name_and_peak(device)
+        about_mfu = f"\nMFU is 6N + 6LCT a token over {peak} TFLOP/s (datasheet)" if peak else ""
         log(
-            f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {gpu}, {dtype}, "
-            f"compile {'off' if compiled is model else 'on'}, torch {torch.__version__}\n"
-            f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {grad_accum_steps} micro-batches of "
-            f"{B} x {T} on each rank" + (f"\nMFU is 6N + 6LCT a token over {peak} TFLOP/s (datasheet)" if peak else "")
+            f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device_name}, "
+            f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}{about_mfu}"
         )
+
+        # a rehearsal of what a step needs at most: two micro-batches, the second beside the gradients of the first,
+        # and room for AdamW's moments
+        def rehearse(B, recompute):
+            model.zero_grad()
+            train_loader.B, model.activation_checkpointing = B, recompute
+            moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
+            accumulate_gradients(trained, train_loader, 2, device, autocast, scaler, synchronize=False)
+
+        rows = rows_per_step // world_size
+        B, note = machine.fit_in_memory(rehearse, B, rows, config.activation_checkpointing, device)
+        val_loader.B, grad_accum_steps = B, rows // B
+        model.zero_grad()
+        micro_batches = f"{grad_accum_steps} micro-batches of {B} x {T} on each rank{note}"
+        log(f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {micro_batches}")
 
         # what a checkpoint holds, and where the run goes on
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         state = {"step": 0, "nonfinite": 0, "val_loss": None}
         facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
-        save = lambda: rank != 0 or durable.save_checkpoint(log_dir, config.keep_checkpoints, parts, {**facts, **state})  # noqa: E731
         if checkpoint:
-            changes = durable.check_same_run(checkpoint, facts)
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            state = {name: checkpoint[name] for name in state}
-            torch.set_rng_state(checkpoint["random_states"][0])
-            train_loader.seek(state["step"] * rows_per_step)
-            log(f"resuming at step {state['step']}{changes}")
+            log(durable.restore(checkpoint, parts, facts, state))
         elif resuming:
             log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
         if rank == 0:
             durable.cut_log(log_file, state["step"])
         first_step, metrics = state["step"], {}
+        train_loader.seek(first_step * rows_per_step)
+
+        def save():
+            with clock.timing("checkpoints"):
+                return rank != 0 or durable.save_checkpoint(log_dir, config.keep_checkpoints, parts, {**facts, **state})
 
         def due(every):
             return every > 0 and (state["step"] % every == 0 or state["step"] == config.max_steps)
@@ -571,17 +580,17 @@ def main(config):
                 if state["nonfinite"] >= config.max_nonfinite:
                     raise durable.StopRun(f"not finite in {state['nonfinite']} steps in a row up to step {step - 1}")
                 if due(config.val_every):
-                    with autocast():
+                    with clock.timing("validation"), autocast():
                         state["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
                     log(f"step {step:5d} | val loss {state['val_loss']:.4f}", f"{step} val {state['val_loss']:.4f}")
                 if hella is not None and due(config.hellaswag_every):
-                    with autocast():
+                    with clock.timing("HellaSwag"), autocast():
                         counts = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, check_stop))
                     _, right, total = counts.tolist()
                     metrics["hella"] = right / total
                     log(f"step {step:5d} | HellaSwag {right}/{total}", f"{step} hella {right / total:.4f}")
                 if rank == 0 and due(config.sample_every):
-                    with autocast():
+                    with clock.timing("samples"), autocast():
                         for text in sample(model, config.sample_prompt, device, config.seed):
                             log(f"step {step:5d} | sample {text!r}")
                 saved = step == 0 or not due(config.checkpoint_every) or save()
@@ -590,22 +599,13 @@ def main(config):
 
                 # one optimizer step: the gradients of the micro-batches add up to that of the whole batch
                 start = time.perf_counter()
-                loss_sum = torch.zeros((), device=device)
-                for micro_step in range(grad_accum_steps):
-                    x, y = (machine.to_device(t, device) for t in train_loader.next_batch())
-                    if world_size > 1:  # DDP reads this in its forward: only the last backward synchronizes
-                        trained.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-                    with autocast():
-                        _, loss = trained(x, y, return_logits=False)
-                    loss = loss / grad_accum_steps
-                    scaler.scale(loss).backward()
-                    loss_sum += loss.detach()
+                loss = accumulate_gradients(trained, train_loader, grad_accum_steps, device, autocast, scaler)
                 scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
                 lr = get_lr(step, config)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = machine.sum_over_ranks(loss_sum).item() / world_size  # .item() waits for the device
+                loss = machine.sum_over_ranks(loss).item() / world_size  # .item() waits for the device
                 # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same;
                 # float16's gradients overflow now and then by design, and its scaler skips those updates itself
                 finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
@@ -616,6 +616,7 @@ def main(config):
                 state["nonfinite"] = 0 if finite else state["nonfinite"] + 1
 
                 seconds = time.perf_counter() - start
+                clock["training"] += seconds
                 speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
                 mfu = f" | MFU {speed * model.flops_per_token() / (world_size * peak * 1e12):.1%}" if peak else ""
                 note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
@@ -635,9 +636,9 @@ def main(config):
             log(f"{reason}. To go on, give the same command with --init_from resume")
         else:
             following = (
-                f" Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt" if config.checkpoint_every else ""
+                f". Next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt" if config.checkpoint_every else ""
             )
-            log(f"done. All is in {log_dir}/.{following}")
+            log(f"done: {clock}. All is in {log_dir}/{following}")
         if not saved:
             raise InputError(f"the last checkpoint could not be saved: make room for it in {log_dir}/ and resume")
         return {"step": state["step"], "val_loss": state["val_loss"], **metrics}

@@ -251,7 +251,7 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
         assert result.returncode == 0, result.stdout
     before, after = re.split(r"step +0/5 ", result.stdout)
     assert "compile on" in before and "Recompiling" not in after
-    assert after.count("HellaSwag") == after.count("val loss") == 3 and after.count("| sample") == 9
+    assert after.count("| HellaSwag") == after.count("val loss") == 3 and after.count("| sample") == 9
     for kind, tolerance in (("train", 1e-4), ("val", 2e-4), ("hella", 0)):
         plain, compiled = (losses(read_log(tmp_path / name), kind) for name in ("plain", "compiled"))
         assert compiled == pytest.approx(plain, abs=tolerance)

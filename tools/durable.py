@@ -100,6 +100,16 @@ def check_same_run(checkpoint, facts):
     return "".join(f", {name} {before[name]} -> {now[name]}" for name in free if before[name] != now[name])
 
 
+def restore(checkpoint, parts, facts, state):
+    """Load a checkpoint into parts, torch's random state and the dict state. Returns, or raises, what to say of it."""
+    changes = check_same_run(checkpoint, facts)
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    torch.set_rng_state(checkpoint["random_states"][0])
+    state.update((name, checkpoint[name]) for name in state)
+    return f"resuming at step {state['step']}{changes}"
+
+
 def cut_log(log_file, step):
     """Keep the whole records of the steps before `step`: the run writes the others again."""
     if log_file.exists():

@@ -4,11 +4,16 @@ The machine: the ranks of torchrun (alone, without it, there is one), the device
 
 import contextlib
 import os
+import sys
+import time
+from collections import Counter
 from datetime import timedelta
 from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
+
+from tools.common import InputError
 
 # dense 16-bit matrix products by datasheet, TFLOP/s
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
@@ -24,6 +29,8 @@ def distributed(device, timeout):
     rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
     device = torch.device(device, local_rank if device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -59,6 +66,51 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def name_and_peak(device):
+    """The device's name, and its PEAK_TFLOPS where that is known, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return name, next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def fit_in_memory(attempt, size, total, recompute, device):
+    """Return the first (size, what to say of it) with which attempt(size, recompute) fits on all ranks: the size given,
+    else the largest power of two that divides total; with activation checkpointing if recompute, or, where that is
+    None, if nothing fits without. Raises InputError where nothing fits at all.
+    """
+    sizes = [size] + [2**i for i in reversed(range(size.bit_length())) if 2**i < size and total % 2**i == 0]
+    for checkpointing in [False, True] if recompute is None else [recompute]:
+        for n in sizes:
+            short = 0
+            try:
+                attempt(n, checkpointing)
+            except RuntimeError as error:
+                # torch.OutOfMemoryError is CUDA's; Apple's and the CPU's have no class of their own
+                if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
+                    raise
+                short = 1
+                if "torch._dynamo" in sys.modules:
+                    torch.compiler.reset()  # it compiles for a limited number of shapes
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if sum_over_ranks(torch.tensor(short, device=device)).item() == 0:
+                why = f", since {size} do not fit in memory" if n < size else ""
+                return n, why + (", with activation checkpointing" if checkpointing else "")
+    raise InputError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
+
+
+class Stopwatch(Counter):
+    """Seconds by what they were spent on; as a string, their shares."""
+
+    @contextlib.contextmanager
+    def timing(self, what):
+        start = time.perf_counter()
+        yield
+        self[what] += time.perf_counter() - start
+
+    def __str__(self):
+        return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())
 
 
 def choose_dtype(name, device):

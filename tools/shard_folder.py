@@ -5,6 +5,8 @@ The folder of shards while fineweb.py builds it: its manifest, the disk below it
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,16 @@ from tools.common import SHARD_NAME, InputError, atomic_write, hash_file, open_s
 from tools.sources import TOKENS_PER_BYTE
 
 DOWNLOADS = ".download"  # in the folder of the shards
+
+
+def build_missing(source, data_dir):
+    """Have fineweb.py make the shards of a folder that is missing or unfinished."""
+    manifest = read_manifest(data_dir)
+    if not (manifest and manifest["complete"]):
+        command = ["fineweb.py", "--source", source, "--out", data_dir]
+        print(f"{data_dir}/ is missing, building it: python {' '.join(command)}", flush=True)
+        if subprocess.run([sys.executable, Path(__file__).parent.parent / command[0], *command[1:]]).returncode:
+            raise InputError(f"building {data_dir} failed, see above")
 
 
 def find_manifest(out, wanted, verify=False):

@@ -1,0 +1,121 @@
+"""Micro-batches that do not fit in memory."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import ROOT, flags_of, read_log, run, write_shards
+from test_train import losses
+
+import train_gpt2
+from tools.common import InputError
+from tools.machine import fit_in_memory
+from train_gpt2 import GPT, GPTConfig, main
+
+LIMITED = """
+import os, re, resource, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+from tools import machine
+fit_in_memory = machine.fit_in_memory
+
+def limited(*args):  # meanwhile rank 1 has 200 MB more than it has now, and allocations beyond that really fail
+    now = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20), -1))
+    try:
+        return fit_in_memory(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+
+machine.fit_in_memory = limited
+train_gpt2.front_door(train_gpt2.main, train_gpt2.parse_args())
+"""
+
+
+def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
+    write_shards(tmp_path / "data", [1500, 40_000])
+    shape = dict(sequence_length=64, n_embd=64, total_batch_size=2 * 256 * 64, max_steps=2, val_every=0)
+    main(tiny(log_dir=str(tmp_path / "free"), micro_batch_size=32, **shape))
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED.format(root=str(ROOT)))
+    config = tiny(log_dir=str(tmp_path / "limited"), micro_batch_size=256, **shape)
+    result = run(script, *flags_of(config), ranks=2, timeout=100)
+    assert result.returncode == 0, result.stdout
+    assert "256 do not fit in memory" in result.stdout
+    free, limited = (losses(read_log(tmp_path / name), "train") for name in ("free", "limited"))
+    assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 2
+
+
+def fail_where(monkeypatch, does_not_fit):
+    """Let CUDA's error come from each forward and backward for which does_not_fit(model, loader)."""
+    accumulate_gradients = train_gpt2.accumulate_gradients
+
+    def limited(model, loader, *args, **kwargs):
+        if does_not_fit(model, loader):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return accumulate_gradients(model, loader, *args, **kwargs)
+
+    monkeypatch.setattr(train_gpt2, "accumulate_gradients", limited)
+
+
+def test_activation_checkpointing_comes_by_itself_where_nothing_else_fits(tiny, tmp_path, monkeypatch, capsys):
+    main(tiny(log_dir=str(tmp_path / "free"), max_steps=6))
+    fail_where(monkeypatch, lambda model, loader: not model.activation_checkpointing or loader.B > 1)
+    main(tiny(log_dir=str(tmp_path / "limited"), max_steps=6))
+    said = "16 micro-batches of 1 x 32 on each rank, since 2 do not fit in memory, with activation checkpointing"
+    assert said in capsys.readouterr().out
+    free, limited = (losses(read_log(tmp_path / name), "train") for name in ("free", "limited"))
+    assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 6
+
+
+def test_a_model_for_which_nothing_fits_is_refused(tiny, monkeypatch):
+    fail_where(monkeypatch, lambda model, loader: True)
+    with pytest.raises(InputError, match="not even a micro-batch of 1 fits in memory"):
+        main(tiny())
+
+
+@pytest.mark.parametrize(
+    "recompute, limit, found",
+    [(None, 2, (2, ", since 12 do not fit in memory")), (False, 2, (2, ", since 12 do not fit in memory")),
+     (True, 12, (12, ", with activation checkpointing")),
+     (None, 0, (4, ", since 12 do not fit in memory, with activation checkpointing"))],
+)  # fmt: skip
+def test_the_largest_power_of_two_that_divides_the_rows(recompute, limit, found):
+    tried = []
+
+    def attempt(size, recompute):
+        tried.append(size)
+        if size > (limit or 4 * recompute):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    assert fit_in_memory(attempt, 12, 24, recompute, torch.device("cpu")) == found
+    assert tried == {2: [12, 8, 4, 2], 12: [12], 0: [12, 8, 4, 2, 1, 12, 8, 4]}[limit]
+
+
+def test_other_errors_and_hopeless_cases_are_raised():
+    for message, error in (("a shape is wrong", RuntimeError), ("CUDA out of memory", InputError)):
+        with pytest.raises(error):
+            fit_in_memory(Mock(side_effect=RuntimeError(message)), 4, 4, None, torch.device("cpu"))
+
+
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 512, 6, 2, 32))
+    x = torch.randint(512, (4, 32))
+    kept, gradients = [], []
+    for model.activation_checkpointing in (False, True):
+        sizes = {}
+
+        def keep(tensor):
+            sizes[tensor.data_ptr()] = tensor.nbytes  # noqa: B023
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _, loss = model(x, x)
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert kept[1] < 0.5 * kept[0], kept
