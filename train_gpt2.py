@@ -217,6 +217,8 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}: shorten it")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half of its traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.transformer.h:
             recompute = self.activation_checkpointing and torch.is_grad_enabled()
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x)
