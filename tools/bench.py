@@ -1,125 +1,71 @@
 """
 What each optimization buys on this machine: one training step, one optimization more in every row. No data needed.
 
-    python -m tools.bench --json bench.json --plot bench.png       # the ladder, the peer and HellaSwag
+    python -m tools.bench --json bench.json --plot bench.png
 
-A row trains the same model on the same random tokens: forward, backward, clipping, AdamW. The peer is Hugging Face's
-GPT-2 in the same loop, its steps alternating with ours. Times are medians; MFU counts 6N + 6LCT operations a token over
-the datasheet's 16-bit peak. The shape is GPT-2 124M on CUDA and the demo's on CPU.
+A row trains the same model on the same random tokens: forward, backward, clipping, AdamW; its steps alternate with
+those of the row above, so that their ratio means something on a machine that drifts. Then all rows at once against none
+from the same weights, Hugging Face's GPT-2 in the same loop, and HellaSwag batched against one item at a time. Times
+are medians; MFU counts 6N + 6LCT operations a token over the datasheet's 16-bit peak. The shape is GPT-2 124M on CUDA
+and the demo's on CPU.
 """
 
 import argparse
 import contextlib
-import gc
 import json
-import math
 import random
-import statistics
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 import hellaswag
-from tools.machine import PEAK_TFLOPS
+from tools.ladder import CUDA_ONLY, LADDER, Trainer, climb, measure
+from tools.machine import name_and_peak
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
-CUDA_ONLY = ("TF32", "bfloat16", "compile")
-LADDER = ("plain float32", *CUDA_ONLY, "flash attention", "padded vocabulary", "fused AdamW", "no logits kept")
+
+def one_at_a_time(model, item, device):
+    """The tutorial's way: four rows, the logits of all their tokens. Returns the ending of the lowest mean loss."""
+    _, tokens, mask, _ = hellaswag.render_example(item)
+    tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
+    logits = model(tokens)[0][:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
+    return ((losses * mask).sum(dim=1) / mask.sum(dim=1)).argmin().item()
 
 
-def plain_attention(q, k, v, is_causal):
-    """softmax(q k^T / sqrt(hs)) v by the book, with the (T, T) matrix in memory."""
-    future = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).triu(1)
-    return (q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).masked_fill(future, float("-inf")).softmax(dim=-1) @ v
-
-
-class Trainer:
-    """A model and its optimizer with the optimizations `on`; step() trains on one micro-batch of random tokens."""
-
-    def __init__(self, device, config, B, on, peer=False):
-        torch.manual_seed(0)
-        self.device, self.B, self.T, self.on = device, B, config.sequence_length, on
-        sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-        sizes["vocab_size"] = 50304 if "padded vocabulary" in on else 50257
-        if peer:
-            from transformers import GPT2Config, GPT2LMHeadModel
-
-            sizes |= {"n_positions": self.T, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            model = GPT2LMHeadModel(GPT2Config(use_cache=False, attn_implementation="sdpa", **sizes))
-            self.loss = lambda x, y: self.model(input_ids=x, labels=x).loss
-        else:
-            model = GPT(GPTConfig(self.T, **sizes))
-            self.flops = model.flops_per_token()
-            self.loss = lambda x, y: self.model(x, y, return_logits="no logits kept" not in on)[1]
-        model.to(device)
-        self.model = torch.compile(model, dynamic=False) if "compile" in on else model
-        self.optimizer = GPT.configure_optimizers(model, 0.1, 6e-4, device.type)
-        if "fused AdamW" not in on:
-            for group in self.optimizer.param_groups:
-                group.update(fused=False, foreach=False)
-
-    def step(self):
-        """Returns the seconds that it took."""
-        tokens = torch.randint(50257, (self.B, self.T + 1), device=self.device)
-        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        attention = F.scaled_dot_product_attention if "flash attention" in self.on else plain_attention
-        torch.set_float32_matmul_precision("high" if "TF32" in self.on else "highest")
-        start = time.perf_counter()
-        with mock.patch.object(F, "scaled_dot_product_attention", attention):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled="bfloat16" in self.on):
-                loss = self.loss(x, y)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        loss.item()  # waits for the device
-        return time.perf_counter() - start
-
-
-def measure(trainers, steps, warmup=3):
-    """Let the trainers take steps in turn; returns the median seconds of each."""
-    seconds = [[trainer.step() for trainer in trainers] for _ in range(warmup + steps)][warmup:]
-    return [statistics.median(column) for column in zip(*seconds, strict=True)]
-
-
-def climb(device, config, B, steps, names, peak):
-    rows = []
-    for i, name in enumerate(names):
-        gc.collect()
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        trainer = Trainer(device, config, B, names[: i + 1])
-        (seconds,) = measure([trainer], steps)
-        row = {"row": name, "ms": seconds * 1e3, "tokens_per_second": B * config.sequence_length / seconds}
-        row["speedup"] = rows[-1]["ms"] / row["ms"] if rows else 1.0
-        if device.type == "cuda":
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            row["mfu"] = row["tokens_per_second"] * trainer.flops / ((peak or math.nan) * 1e12)
-        print(f"{name:18}" + "".join(f" {key} {value:,.2f} " for key, value in row.items() if key != "row"), flush=True)
-        rows.append(row)
-    return rows
-
-
+@torch.no_grad()
 def hellaswag_speed(device, config, count):
-    """Seconds for 100 items of HellaSwag's lengths, in random words: one item at a time, and batched."""
+    """Seconds for `count` items of HellaSwag's lengths, in random words, and the answers that agree."""
     choose, words = random.Random(0), ("the", "man", "is", "on", "with", "then", "runs", "water")
-    texts = (" ".join(choose.choices(words, k=choose.randint(10, 40))) for _ in range(5 * count))
-    items = [{"ctx": text, "label": 0, "endings": [next(texts) for _ in range(4)]} for text in texts]
-    model = GPT(GPTConfig(1024, 50304, config.n_layer, config.n_head, config.n_embd)).to(device)
-    seconds = {}
-    for name, size in (("one_by_one", 1), ("batched", 32)):
-        batches = hellaswag.make_batches(items, batch_size=size)
-        hellaswag.evaluate(model, batches[:2], device)
+
+    def text(shortest, longest):
+        return " ".join(choose.choices(words, k=choose.randint(shortest, longest)))
+
+    items = [{"ctx": text(20, 80), "label": 0, "endings": [text(10, 50) for _ in range(4)]} for _ in range(count)]
+    model = GPT(GPTConfig(1024, 50304, config.n_layer, config.n_head, config.n_embd)).to(device).eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        one_at_a_time(model, items[0], device)
         start = time.perf_counter()
-        hellaswag.evaluate(model, batches, device).tolist()
-        seconds[name] = (time.perf_counter() - start) / count * 100
-    print("HellaSwag, seconds for 100 items:", seconds)
-    return seconds
+        answers = [one_at_a_time(model, item, device) for item in items]
+        single, start = time.perf_counter() - start, time.perf_counter()
+        labelled = [{**item, "label": answer} for item, answer in zip(items, answers, strict=True)]
+        _, agree, _ = hellaswag.evaluate(model, hellaswag.make_batches(labelled), device).tolist()
+        batched = time.perf_counter() - start
+    return {"items": count, "one_by_one_s": single, "batched_s": batched, "ratio": single / batched, "agree": agree}
+
+
+def draw_plot(path, figures):
+    import matplotlib.pyplot as plt
+
+    rows = figures["ladder"][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1), layout="constrained")
+    bars = axes.barh([row["row"] for row in rows], [row["tokens_per_second"] for row in rows])
+    axes.bar_label(bars, [f" x {row['speedup']:.2f}" for row in rows])
+    axes.margins(x=0.1)
+    axes.set(xlabel="tokens/s", title=f"One optimization more in every row ({figures['device']}, {figures['torch']})")
+    figure.savefig(path, dpi=150)
 
 
 def main():
@@ -132,26 +78,35 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TrainConfig(**PRESETS["gpt2" if device.type == "cuda" else "demo"])
     names = [name for name in LADDER if device.type == "cuda" or name not in CUDA_ONLY]
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = next((value for name, value in PEAK_TFLOPS.items() if name in gpu), None)
-    figures = {"device": gpu, "torch": torch.__version__, "peak_tflops": peak, "batch": args.batch}
+    torch._dynamo.config.recompile_limit = 64
+    name, peak = name_and_peak(device)
+    figures = {"device": name, "torch": f"torch {torch.__version__}", "peak_tflops": peak, "batch": args.batch}
     print(figures, flush=True)
-    figures["ladder"] = climb(device, config, args.batch, args.steps, names, peak)
+    generator, tokens = torch.Generator(device).manual_seed(0), args.batch * config.sequence_length
+
+    def draw():
+        """Tokens of which few are frequent, as in text, so that there is something to learn."""
+        shape = args.batch, config.sequence_length + 1
+        rows = (torch.rand(shape, generator=generator, device=device) ** 8 * 50257).long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    figures["ladder"] = climb(device, config, draw, tokens, args.steps, names, peak)
+    pair = [Trainer(device, config, on, vocab_size=50304) for on in (names[:1], names)]
+    (plain, ours), difference = measure(pair, draw, 5 * args.steps)
+    figures["all_rows"] = {"plain_ms": plain * 1e3, "ours_ms": ours * 1e3, "ratio": plain / ours}
+    figures["all_rows"] |= {"steps": 5 * args.steps, "largest_loss_difference": difference}
+    print("all rows against none:", figures["all_rows"], flush=True)
     with contextlib.suppress(ImportError):  # transformers is not needed for anything else here
-        pair = [Trainer(device, config, args.batch, names, peer) for peer in (False, True)]
-        ours, theirs = measure(pair, args.steps)
+        pair = [Trainer(device, config, names, peer=peer) for peer in (False, True)]
+        (ours, theirs), _ = measure(pair, draw, args.steps)
         figures["peer"] = {"ours_ms": ours * 1e3, "transformers_ms": theirs * 1e3, "ratio": theirs / ours}
-        print("transformers, with the same settings:", figures["peer"])
-    figures["hellaswag"] = hellaswag_speed(device, config, 2000 if device.type == "cuda" else 100)
+        print("transformers with the same settings:", figures["peer"], flush=True)
+    figures["hellaswag"] = hellaswag_speed(device, config, args.steps * (200 if device.type == "cuda" else 20))
+    print("HellaSwag, batched against one item at a time:", figures["hellaswag"])
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-        axes.barh(names[::-1], [row["tokens_per_second"] for row in reversed(figures["ladder"])])
-        axes.set(xlabel="tokens/s", title=f"One optimization more in every row ({gpu}, torch {torch.__version__})")
-        figure.savefig(args.plot, dpi=150)
+        draw_plot(args.plot, figures)
 
 
 if __name__ == "__main__":
