@@ -540,21 +540,6 @@ def main(config):
             f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}{about_mfu}"
         )
 
-        # a rehearsal of what a step needs at most: two micro-batches, the second beside the gradients of the first,
-        # and room for AdamW's moments
-        def rehearse(B, recompute):
-            model.zero_grad()
-            train_loader.B, model.activation_checkpointing = B, recompute
-            moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
-            accumulate_gradients(trained, train_loader, 2, device, autocast, scaler, synchronize=False)
-
-        rows = rows_per_step // world_size
-        B, note = machine.fit_in_memory(rehearse, B, rows, config.activation_checkpointing, device)
-        val_loader.B, grad_accum_steps = B, rows // B
-        model.zero_grad()
-        micro_batches = f"{grad_accum_steps} micro-batches of {B} x {T} on each rank{note}"
-        log(f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {micro_batches}")
-
         # what a checkpoint holds, and where the run goes on
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         state = {"step": 0, "nonfinite": 0, "val_loss": None}
@@ -565,6 +550,21 @@ def main(config):
             log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
         if rank == 0:
             durable.cut_log(log_file, state["step"])
+
+        # a rehearsal of what a step needs at most: two micro-batches, the second beside the gradients of the first,
+        # and room for AdamW's moments
+        def rehearse(B, recompute):
+            model.zero_grad()
+            train_loader.B, model.activation_checkpointing = B, recompute
+            _moments = [torch.empty_like(p) for p in 2 * list(model.parameters()) if not optimizer.state]
+            accumulate_gradients(trained, train_loader, 2, device, autocast, scaler, synchronize=False)
+
+        rows = rows_per_step // world_size
+        B, note = machine.fit_in_memory(rehearse, B, rows, config.activation_checkpointing, device)
+        val_loader.B, grad_accum_steps = B, rows // B
+        model.zero_grad()
+        micro_batches = f"{grad_accum_steps} micro-batches of {B} x {T} on each rank{note}"
+        log(f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {micro_batches}")
         first_step, metrics = state["step"], {}
         train_loader.seek(first_step * rows_per_step)
 

@@ -64,9 +64,9 @@ class Trainer:
         return time.perf_counter() - start, loss
 
 
-def measure(trainers, draw, steps, warmup=3):
+def measure(trainers, draw, steps):
     """Let the trainers take each step in turn: (the median seconds of each, the largest difference of their losses)."""
-    seconds, difference = [], 0.0
+    seconds, difference, warmup = [], 0.0, min(3, steps)
     for _ in range(warmup + steps):
         batch = draw()
         times, losses = zip(*(trainer.step(*batch) for trainer in trainers), strict=True)
