@@ -57,7 +57,7 @@ def test_render_example():
 
 
 def test_batched_equals_one_by_one():
-    model, items = small_model(), make_items(70)
+    model, items = small_model(), make_items(40)
     with torch.no_grad():
         one_by_one = [(s.argmin().item() == i["label"], m.argmin().item() == i["label"])
                       for i in items for s, m in [tutorial_scores(model, i)]]  # fmt: skip
@@ -67,7 +67,7 @@ def test_batched_equals_one_by_one():
         for i, scores in enumerate(hellaswag.score(model, tokens, mask)):
             assert torch.allclose(scores.view(5, 4), expected[:, i], atol=1e-4)
     counts = hellaswag.evaluate(model, hellaswag.make_batches(items), torch.device("cpu"))
-    assert counts.tolist() == [sum(s for s, _ in one_by_one), sum(m for _, m in one_by_one), 70]
+    assert counts.tolist() == [sum(s for s, _ in one_by_one), sum(m for _, m in one_by_one), 40]
 
 
 def test_the_ranks_together_score_every_item_once():
@@ -126,5 +126,5 @@ def test_the_command_line_scores_a_checkpoint(tmp_path):
     last = result.stdout.splitlines()[-1].split()
     assert last[0] == "12" and last[1::2] == ["acc:", "acc_norm:"] and 0 <= float(last[4]) <= 1
     assert run("hellaswag.py", *args, "--limit", "5").stdout.splitlines()[-1].startswith("5 acc: ")
-    result = run("hellaswag.py", "-m", "gpt5", "-d", "cpu")
-    assert result.returncode == 2 and "gpt2-xl" in result.stdout and "Traceback" not in result.stdout
+    with pytest.raises(InputError, match="gpt2-xl"):
+        hellaswag.run("gpt5", "cpu", None, None)

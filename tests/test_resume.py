@@ -187,7 +187,6 @@ def start(config, ranks=0, restarts=0, script=None):
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} --max-restarts={restarts}".split()
     command = [sys.executable, *(torchrun if ranks else []), str(script or ROOT / "train_gpt2.py"), *flags_of(config)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"  # torchrun waits that long for a hung rank, by default 30 seconds
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
