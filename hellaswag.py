@@ -132,10 +132,15 @@ def score(model, tokens, mask):
     """
     predicts = mask[:, 1:].bool()  # position t predicts token t + 1
     hidden = model.hidden_states(tokens)[:, :-1][predicts]
-    chunk = 128 if hidden.device.type == "cpu" else 8192  # on CPU, larger logits are bound by page faults
-    pairs = zip(hidden.split(chunk), tokens[:, 1:][predicts].split(chunk), strict=True)
+    targets, found = tokens[:, 1:][predicts], []
+    on_cpu = hidden.device.type == "cpu"  # where fresh memory costs more than the softmax: few rows at a time, in place
+    chunk = 128 if on_cpu else 8192
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits = model.head(h)
+        log_p = torch.log_softmax(logits, dim=1, out=logits if on_cpu else None)
+        found.append(F.nll_loss(log_p, y, reduction="none"))
     losses = torch.zeros(predicts.shape, device=tokens.device)
-    losses[predicts] = torch.cat([F.cross_entropy(model.head(h), y, reduction="none") for h, y in pairs])
+    losses[predicts] = torch.cat(found)
     total = losses.sum(dim=1)
     return total, total / predicts.sum(dim=1)
 
