@@ -3,7 +3,6 @@ The ladder of tools/bench.py: the training step from plain float32 upward, one o
 """
 
 import gc
-import math
 import statistics
 import time
 from unittest import mock
@@ -90,7 +89,8 @@ def climb(device, config, draw, tokens, steps, names, peak):
             row["peak_gib"] = (torch.cuda.max_memory_allocated() - base) / 2**30
         (*before, seconds), _ = measure([above, trainer] if above else [trainer], draw, steps)
         row |= {"ms": seconds * 1e3, "tokens_per_second": tokens / seconds}
-        row["mfu"] = tokens / seconds * trainer.flops / (peak * 1e12) if peak else math.nan
+        if peak:
+            row["mfu"] = tokens / seconds * trainer.flops / (peak * 1e12)
         row["speedup"] = before[0] / seconds if above else 1.0
         row["speedup_in_all"] = row["speedup"] * (rows[-1]["speedup_in_all"] if rows else 1.0)
         print(f"{name:18}" + "".join(f" {key} {value:,.2f} " for key, value in row.items() if key != "row"), flush=True)
