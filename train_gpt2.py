@@ -31,6 +31,7 @@ import hellaswag
 from tools import durable, machine
 from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
 from tools.shard_folder import build_missing
+from tools.signals import StopRun, stop_signals
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -82,10 +83,9 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, micro_batch_size=16),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),  # 1558M
     "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
-        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128,
-        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=150, warmup_steps=20, max_lr=3e-3,
-        val_every=50, val_tokens=16384, hellaswag_every=0, sample_every=150, sample_prompt="Return the",
-        checkpoint_every=75,
+        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128, max_lr=3e-3,
+        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=150, warmup_steps=20, val_every=50,
+        val_tokens=16384, hellaswag_every=0, sample_every=150, sample_prompt="Return the", checkpoint_every=75,
     ),
 }  # fmt: skip
 
@@ -478,7 +478,7 @@ def main(config):
     clock = machine.Stopwatch()
     with (
         machine.distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
-        durable.stop_signals(device) as check_stop,
+        stop_signals(device) as check_stop,
         contextlib.ExitStack() as held,
     ):
         # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
@@ -580,7 +580,7 @@ def main(config):
                 state["step"] = step
                 check_stop()
                 if state["nonfinite"] >= config.max_nonfinite:
-                    raise durable.StopRun(f"not finite in {state['nonfinite']} steps in a row up to step {step - 1}")
+                    raise StopRun(f"not finite in {state['nonfinite']} steps in a row up to step {step - 1}")
                 if due(config.val_every):
                     with clock.timing("validation"), autocast():
                         state["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
@@ -631,7 +631,7 @@ def main(config):
                 metrics["train_loss"] = loss
                 if step == first_step:
                     machine.set_timeout(config.collective_timeout)
-        except durable.StopRun as reason:
+        except StopRun as reason:
             saved = save()
             if state["nonfinite"] >= config.max_nonfinite:
                 raise InputError(f"{reason}: try a lower max_lr or --dtype float32, and --init_from resume") from None

@@ -1,20 +1,33 @@
 """
-Never lose a run: checkpoints that are whole or absent and checked when read, a log without gaps, signals.
+Never lose a run: checkpoints that are whole or absent and checked when read, a log without gaps.
 """
 
-import contextlib
 import hashlib
 import os
 import pickle
-import signal
 import struct
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 
 from tools.common import InputError, atomic_write
-from tools.machine import sum_over_ranks
+
+COMMENT_LENGTH = struct.pack("<H", 64)  # of a sha256 in hexadecimal, as the last field of a zip archive
+
+
+class HashingWriter:
+    """A file to write to that hashes with sha256 on a second core while the disk writes."""
+
+    def __init__(self, file):
+        self.file, self.flush = file, file.flush
+        self.digest, self.thread = hashlib.sha256(), ThreadPoolExecutor(1)
+
+    def write(self, data):
+        hashed = self.thread.submit(self.digest.update, data)
+        self.file.write(data)
+        hashed.result()
+        return len(data)
 
 
 def save_checkpoint(log_dir, keep, parts, facts):
@@ -30,11 +43,10 @@ def save_checkpoint(log_dir, keep, parts, facts):
         with open(log_dir / "log.txt", "ab") as log:
             os.fsync(log.fileno())  # the log is never behind a checkpoint
         with atomic_write(path) as file:
-            torch.save({**contents, **facts, "random_states": [torch.get_rng_state()]}, file)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(size - 2)
-            file.write(struct.pack("<H", 64))  # the last field of a zip archive is the length of its comment
-            file.write(sha256(file, size))
+            hashing = HashingWriter(file)
+            torch.save({**contents, **facts, "random_states": [torch.get_rng_state()]}, hashing)
+            file.seek(-2, os.SEEK_CUR)  # torch wrote a comment length of 0
+            file.write(COMMENT_LENGTH + hashing.digest.hexdigest().encode())
     except (OSError, RuntimeError) as error:  # torch wraps some of the former
         print(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}", flush=True)
         return False
@@ -48,22 +60,17 @@ def load_checkpoint(path):
     """Read a checkpoint of save_checkpoint onto the CPU. Raises InputError where it is damaged or none."""
     try:
         with open(path, "rb") as file:
-            size = max(0, file.seek(0, os.SEEK_END) - 64)
-            if sha256(file, size) != file.read():
+            size, digest = max(0, file.seek(0, os.SEEK_END) - 66), hashlib.sha256()
+            file.seek(0)
+            while chunk := file.read(min(1 << 20, size - file.tell())):
+                digest.update(chunk)
+            digest.update(bytes(2))  # the comment length that torch wrote
+            if file.read() != COMMENT_LENGTH + digest.hexdigest().encode():
                 raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)  # other pickles could run anything
     except (OSError, pickle.UnpicklingError) as error:
         raise InputError(f"cannot load {path}: {error}") from None
-
-
-def sha256(file, size):
-    """The hex digest of the first `size` bytes of a file, which is left at their end."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(min(1 << 20, size - file.tell())):
-        digest.update(chunk)
-    return digest.hexdigest().encode()
 
 
 def find_checkpoint(log_dir, rank):
@@ -117,34 +124,3 @@ def cut_log(log_file, step):
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < step]
         with atomic_write(log_file) as file:
             file.write("".join(kept).encode())
-
-
-class StopRun(Exception):
-    """Ends the run between two optimizer steps: main saves a checkpoint and says how to go on."""
-
-
-@contextlib.contextmanager
-def stop_signals(device):
-    """Yield check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM or SIGINT.
-
-    A second signal ends the process at once; one within a second is still the first, since schedulers signal torchrun
-    and its workers, and torchrun passes it on. Workers whose torchrun was killed stop as if signalled.
-    """
-    caught, parent = [], os.getppid()
-
-    def on_signal(number, frame):
-        if caught and time.monotonic() - caught[0] > 1:
-            os._exit(128 + number)
-        caught.append(time.monotonic())
-
-    def check_stop():
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
-        if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
-            raise StopRun("stopped by a signal")
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield check_stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

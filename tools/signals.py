@@ -1,0 +1,43 @@
+"""
+Signals that end a run between two steps, on all ranks together.
+"""
+
+import contextlib
+import os
+import signal
+import time
+
+import torch
+
+from tools.machine import sum_over_ranks
+
+
+class StopRun(Exception):
+    """Ends the run between two optimizer steps: main saves a checkpoint and says how to go on."""
+
+
+@contextlib.contextmanager
+def stop_signals(device):
+    """Yield check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM or SIGINT.
+
+    A second signal ends the process at once; one within a second is still the first, since schedulers signal torchrun
+    and its workers, and torchrun passes it on. Workers whose torchrun was killed stop as if signalled.
+    """
+    caught, parent = [], os.getppid()
+
+    def on_signal(number, frame):
+        if caught and time.monotonic() - caught[0] > 1:
+            os._exit(128 + number)
+        caught.append(time.monotonic())
+
+    def check_stop():
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+        if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
+            raise StopRun("stopped by a signal")
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check_stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
