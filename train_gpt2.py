@@ -52,7 +52,9 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
     total_batch_size: int = 524288  # tokens an optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = 64  # sequences a forward pass on one rank; where these do not fit, a power of two that does
+    micro_batch_size: int = (
+        64  # sequences a forward pass on one rank, at most; fewer where memory or batch is too small
+    )
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 715  # steps of linear warm-up: 375M tokens
     max_lr: float = 6e-4
@@ -114,7 +116,7 @@ def check_config(c, world_size):
         fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
         raise InputError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
     rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # sequences of each rank in a step
-    if rest or rows % c.micro_batch_size:
+    if rest or rows % min(rows, c.micro_batch_size):
         fit = [n for n in range(1, rows + 1) if rows % n == 0 and not rest]
         raise InputError(
             f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
@@ -496,8 +498,9 @@ def main(config):
                         file.write(f"{record}\n")
 
         # data
-        B, T = config.micro_batch_size, config.sequence_length
-        rows_per_step = config.total_batch_size // T
+        T, rows_per_step = config.sequence_length, config.total_batch_size // config.sequence_length
+        rows = rows_per_step // world_size
+        B = min(config.micro_batch_size, rows)
         if local_rank == 0 and config.data_source:
             build_missing(config.data_source, config.data_dir)
         machine.wait_for_all()
@@ -559,7 +562,6 @@ def main(config):
             _moments = [torch.empty_like(p) for p in 2 * list(model.parameters()) if not optimizer.state]
             accumulate_gradients(trained, train_loader, 2, device, autocast, scaler, synchronize=False)
 
-        rows = rows_per_step // world_size
         B, note = machine.fit_in_memory(rehearse, B, rows, config.activation_checkpointing, device)
         val_loader.B, grad_accum_steps = B, rows // B
         model.zero_grad()

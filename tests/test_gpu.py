@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, flags_of, read_log, run, write_shards
+from conftest import ROOT, TINY, flags_of, read_log, run, write_shards
 from test_hellaswag import make_items
 from test_train import losses
 
@@ -36,7 +36,7 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(on_gpu, tmp_path):
         f"import pathlib, hellaswag, train_gpt2\nhellaswag.FOLDER = pathlib.Path({str(tmp_path)!r})\n"
         "train_gpt2.main(train_gpt2.parse_args())\n"
     )
-    env = {"TORCH_LOGS": "recompiles", "PYTHONPATH": "."}
+    env = {"TORCH_LOGS": "recompiles", "PYTHONPATH": str(ROOT)}
     result = run(script, *on_gpu(log_dir=str(tmp_path / "log")), env=env)
     assert result.returncode == 0, result.stdout
     assert "compile on" in result.stdout
@@ -61,3 +61,18 @@ def test_a_resumed_run_goes_on_with_its_scaler(on_gpu, tmp_path):
     assert result.returncode == 0 and "resuming at step 6" in result.stdout, result.stdout
     scaler = torch.load(tmp_path / "log" / "model_00012.pt", weights_only=True)["scaler"]
     assert scaler["scale"] >= 1
+
+
+def test_124m_trains_on_a_card_of_8_gb(tmp_path):
+    write_shards(tmp_path / "data", [20_000, 200_000])
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import torch, train_gpt2\n"
+        "torch.cuda.set_per_process_memory_fraction(8e9 / torch.cuda.get_device_properties(0).total_memory)\n"
+        "train_gpt2.main(train_gpt2.parse_args())\n"
+    )
+    flags = ["--total_batch_size=65536", "--max_steps=3", "--val_every=3", "--val_tokens=65536", "--hellaswag_every=0"]
+    folders = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log"]
+    result = run(script, *flags, *folders, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0 and "64 do not fit in memory" in result.stdout, result.stdout
+    assert len(losses(read_log(tmp_path / "log"), "train")) == 3
