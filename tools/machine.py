@@ -3,6 +3,7 @@ The machine: the ranks of torchrun (alone, without it, there is one), the device
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -92,6 +93,7 @@ def fit_in_memory(attempt, size, total, recompute, device):
                 short = 1
                 if "torch._dynamo" in sys.modules:
                     torch.compiler.reset()  # it compiles for a limited number of shapes
+                gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             if sum_over_ranks(torch.tensor(short, device=device)).item() == 0:
