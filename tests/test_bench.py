@@ -15,7 +15,7 @@ from train_gpt2 import TrainConfig
 
 def test_fifty_steps_with_all_optimizations_equal_the_plain_formulation():
     names = [name for name in LADDER if name not in CUDA_ONLY]
-    config = TrainConfig(**{**TINY, "n_embd": 64, "sequence_length": 64})
+    config = TrainConfig(**{**TINY, "sequence_length": 64})
     pair = [Trainer(torch.device("cpu"), config, on, vocab_size=1000) for on in (names[:1], names)]
     generator = torch.Generator().manual_seed(0)
     losses = []

@@ -110,11 +110,13 @@ def test_refusals(tmp_path, parquet):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "no_text.jsonl").write_text('{"body": "fine"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "columns.parquet")
     for source, message in {
         "missing.txt": "no file or folder", "empty": "holds no file", "empty.txt": "leaves none for training",
         "bad.jsonl": "bad.jsonl, line 2", "no_text.jsonl": "line 1", "latin.txt": "not UTF-8 at byte 3",
+        "latin.jsonl": "latin.jsonl, line 2",
         "broken.parquet": "cannot read", "columns.parquet": r"\['body'\]",
     }.items():  # fmt: skip
         with pytest.raises(fineweb.InputError, match=message):
