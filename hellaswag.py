@@ -134,7 +134,7 @@ def score(model, tokens, mask):
     hidden = model.hidden_states(tokens)[:, :-1][predicts]
     targets, found = tokens[:, 1:][predicts], []
     on_cpu = hidden.device.type == "cpu"  # where fresh memory costs more than the softmax: few rows at a time, in place
-    chunk = 128 if on_cpu else 8192
+    chunk = 128 if on_cpu else 2048
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = model.head(h)
         log_p = torch.log_softmax(logits, dim=1, out=logits if on_cpu else None)

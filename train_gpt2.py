@@ -225,7 +225,7 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             recompute = self.activation_checkpointing and torch.is_grad_enabled()
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return self.transformer.ln_f(x)
+        return self.transformer.ln_f(x.float())  # CUDA's autocast does it by itself, the CPU's does not
 
     def head(self, x):
         """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, else autocast's type."""
@@ -610,7 +610,7 @@ def main(config):
                 loss = machine.sum_over_ranks(loss).item() / world_size  # .item() waits for the device
                 # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same;
                 # float16's gradients overflow now and then by design, and its scaler skips those updates itself
-                finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+                finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
                 if finite or scaler.is_enabled():
                     scaler.step(optimizer)
                     scaler.update()

@@ -148,7 +148,8 @@ def test_eval_logits_are_float32_under_autocast():
     idx = torch.randint(1000, (2, 16))
     with torch.autocast("cpu", torch.bfloat16):
         assert model.train()(idx)[0].dtype == torch.bfloat16
-        assert model.eval()(idx)[0].dtype == torch.float32
+        assert model.eval()(idx)[0].dtype == model.hidden_states(idx).dtype == torch.float32
+        assert model(idx, idx, return_logits=False)[1].item() == pytest.approx(model(idx, idx)[1].item(), abs=1e-6)
 
 
 def test_a_sequence_longer_than_block_size_is_refused():

@@ -91,14 +91,14 @@ def fit_in_memory(attempt, size, total, recompute, device):
                 if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
                     raise
                 short = 1
-                if "torch._dynamo" in sys.modules:
-                    torch.compiler.reset()  # it compiles for a limited number of shapes
-                gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
             if sum_over_ranks(torch.tensor(short, device=device)).item() == 0:
                 why = f", since {size} do not fit in memory" if n < size else ""
                 return n, why + (", with activation checkpointing" if checkpointing else "")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # it compiles for a limited number of shapes
     raise InputError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
