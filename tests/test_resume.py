@@ -15,7 +15,7 @@ from test_train import losses
 
 import train_gpt2
 from tools.common import InputError
-from tools.durable import load_checkpoint
+from tools.durable import find_checkpoint, load_checkpoint, save_checkpoint
 from train_gpt2 import main
 
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
@@ -151,8 +151,6 @@ def test_a_malicious_pickle_executes_nothing(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
-
-    from tools.durable import save_checkpoint
 
     class Part:
         def state_dict(self):
@@ -349,6 +347,19 @@ def test_many_non_finite_steps_in_a_row_stop_with_the_last_good_state(tiny, tmp_
     assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())
 
 
+def test_gradients_that_no_scale_makes_finite_stop_a_float16_run(tiny, monkeypatch):
+    forward = train_gpt2.GPT.forward
+
+    def poisoned(self, idx, targets=None, return_logits=True):
+        logits, loss = forward(self, idx, targets, return_logits)
+        zero = (self.transformer.wpe.weight * 0).sum().sqrt()  # with a gradient of NaN
+        return logits, loss + zero if self.training else loss
+
+    monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
+    with pytest.raises(InputError, match="not finite in 5 steps in a row"):
+        main(tiny(dtype="float16", max_steps=30))
+
+
 def test_a_full_disk_keeps_the_old_checkpoints_and_the_run(tiny, tmp_path, monkeypatch, capsys):
     original = torch.save
 
@@ -385,3 +396,10 @@ def test_stale_temporaries_are_cleared_and_old_checkpoints_go_last(tiny, tmp_pat
     main(tiny(checkpoint_every=4, keep_checkpoints=2))
     names = sorted(p.name for p in (tmp_path / "log").iterdir())
     assert names == ["lock", "log.txt", "model_00016.pt", "model_00020.pt"]
+
+
+def test_steps_of_six_digits_come_after_those_of_five(tmp_path):
+    for step in (9, 99_999, 100_000):
+        assert save_checkpoint(tmp_path, 2, {}, {"step": step})
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["model_100000.pt", "model_99999.pt"]
+    assert find_checkpoint(tmp_path, 0)["step"] == 100_000

@@ -25,9 +25,16 @@ class HashingWriter:
 
     def write(self, data):
         hashed = self.thread.submit(self.digest.update, data)
-        self.file.write(data)
-        hashed.result()
+        try:
+            self.file.write(data)
+        finally:
+            hashed.result()  # torch may free the data after a failure
         return len(data)
+
+
+def list_checkpoints(log_dir):
+    """The checkpoints of a run by their steps, which have five digits or more."""
+    return sorted(log_dir.glob("model_*.pt"), key=lambda path: (len(path.name), path.name))
 
 
 def save_checkpoint(log_dir, keep, parts, facts):
@@ -50,7 +57,7 @@ def save_checkpoint(log_dir, keep, parts, facts):
     except (OSError, RuntimeError) as error:  # torch wraps some of the former
         print(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}", flush=True)
         return False
-    for old in sorted(log_dir.glob("model_*.pt"))[:-keep]:
+    for old in list_checkpoints(log_dir)[:-keep]:
         old.unlink()
     print(f"step {facts['step']:5d} | saved {path}", flush=True)
     return True
@@ -77,7 +84,7 @@ def find_checkpoint(log_dir, rank):
     """The newest whole checkpoint of log_dir, on every rank the one that rank 0 found; None where there are none."""
     found = [None]
     if rank == 0:
-        paths = sorted(log_dir.glob("model_*.pt"), reverse=True)
+        paths = list_checkpoints(log_dir)[::-1]
         for path in paths:
             try:
                 load_checkpoint(path)
