@@ -75,7 +75,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
-    activation_checkpointing: bool | None = None  # less memory for a third more time; None: where nothing else fits
+    activation_checkpointing: bool | None = None  # less memory for a second forward; None: where nothing else fits
     max_nonfinite: int = 5  # stop after so many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds until ranks that wait for a dead or hung one give up
 
