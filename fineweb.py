@@ -30,20 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.common import (
-    EOT,
-    InputError,
-    atomic_write,
-    front_door,
-    get_tokenizer,
-    hash_file,
-    lock_folder,
-    open_shard,
-    read_manifest,
-)
-from tools.hub import FINEWEB_EDU
-from tools.shard_folder import DOWNLOADS, check_disk, find_manifest, removed_if_empty, write_manifest
-from tools.sources import documents_of, find_source
+from lib.common import EOT, InputError, atomic_write, front_door, get_tokenizer, hash_file, lock_folder
+from lib.hub import FINEWEB_EDU
+from lib.shards import DOWNLOADS, check_disk, find_manifest, open_shard, read_manifest, removed_if_empty, write_manifest
+from lib.sources import documents_of, find_source
 
 # -----------------------------------------------------------------------------
 # Documents to tokens

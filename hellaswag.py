@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from tools.common import InputError, atomic_write, front_door, get_tokenizer
-from tools.machine import sum_over_ranks
+from lib.common import InputError, atomic_write, front_door, get_tokenizer
+from lib.machine import sum_over_ranks
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"

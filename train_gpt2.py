@@ -29,10 +29,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from tools import durable, machine
-from tools.common import InputError, find_shards, front_door, get_tokenizer, lock_folder, open_shard, read_manifest
-from tools.shard_folder import build_missing
-from tools.signals import StopRun, stop_signals
+from lib import checkpoint as durable
+from lib import machine
+from lib.common import InputError, front_door, get_tokenizer, lock_folder
+from lib.shards import build_missing, find_shards, open_shard, read_manifest
+from lib.signals import StopRun, stop_signals
 
 # -----------------------------------------------------------------------------
 # Knobs

@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY, flags_of, read_log, write_shards
+from support import ROOT, TINY, flags_of, read_log, write_shards
 
-from tools.durable import find_checkpoint, load_checkpoint
+from lib.checkpoint import find_checkpoint, load_checkpoint
 from train_gpt2 import TrainConfig, main
 
 

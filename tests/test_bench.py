@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from support import ROOT, TINY
 
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure
 from train_gpt2 import TrainConfig

@@ -5,9 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags_of, read_log, run, write_shards
-from test_hellaswag import make_items
-from test_train import losses
+from support import ROOT, TINY, flags_of, losses, make_items, run, write_shards
 
 from train_gpt2 import TrainConfig
 
@@ -50,7 +48,7 @@ def test_16_bits_train_like_float32(dtype, on_gpu, tmp_path):
         flags = on_gpu(log_dir=str(tmp_path / name), dtype=name, hellaswag_every=0, sample_every=0)
         result = run("train_gpt2.py", *flags)
         assert result.returncode == 0, result.stdout
-    a, b = (losses(read_log(tmp_path / name), "val") for name in (dtype, "float32"))
+    a, b = (losses(tmp_path / name, "val") for name in (dtype, "float32"))
     assert a == pytest.approx(b, abs=0.05) and a[12] < a[0] - 1
 
 
@@ -75,4 +73,4 @@ def test_124m_trains_on_a_card_of_8_gb(tmp_path):
     folders = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log"]
     result = run(script, *flags, *folders, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0 and "64 do not fit in memory" in result.stdout, result.stdout
-    assert len(losses(read_log(tmp_path / "log"), "train")) == 3
+    assert len(losses(tmp_path / "log", "train")) == 3

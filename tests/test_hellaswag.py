@@ -1,27 +1,12 @@
 import json
-import random
 
 import pytest
 import torch
-from conftest import run, write_shards
+from support import make_items, run, write_shards
 
 import hellaswag
-from tools.common import InputError
+from lib.common import InputError
 from train_gpt2 import GPT, GPTConfig
-
-WORDS = ["the", "a", "man", "dog", "roof", "runs", "sits", "on", "under", "quickly", "then", "she", "opens", "door"]
-
-
-def make_items(count, seed=0):
-    rng = random.Random(seed)
-
-    def text(low, high):
-        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
-
-    return [
-        {"ctx": text(3, 60), "label": rng.randrange(4), "endings": [text(1, 25) for _ in range(4)]}
-        for _ in range(count)
-    ]
 
 
 def small_model():

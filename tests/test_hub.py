@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run
-from hub import COMMIT, DATASET, serving
+from fake_hub import COMMIT, DATASET, serving
+from support import ROOT, run
 
-from tools.common import InputError, find_shards, read_manifest
-from tools.hub import choose
+from lib.common import InputError
+from lib.hub import choose
+from lib.shards import find_shards, read_manifest
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
 
@@ -235,7 +236,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, row_group_size):
     texts = [rng.randbytes(1000).hex() for _ in range(25_000)]  # 50 MB that do not compress to less than 25
     pq.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
     script = (
-        "import pathlib, sys, pyarrow; from tools.sources import documents_of\n"
+        "import pathlib, sys, pyarrow; from lib.sources import documents_of\n"
         "print(sum(1 for _ in documents_of(pathlib.Path(sys.argv[1]))), pyarrow.default_memory_pool().max_memory())"
     )
     rows, peak = subprocess.check_output([sys.executable, "-c", script, str(path)], cwd=ROOT, text=True).split()

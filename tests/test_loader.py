@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import write_shards
 
-from tools.common import InputError
+from lib.common import InputError
 from train_gpt2 import DataLoaderLite
 
 

@@ -4,19 +4,18 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, flags_of, read_log, run, write_shards
-from test_train import losses
+from support import ROOT, flags_of, losses, run, write_shards
 
 import train_gpt2
-from tools.common import InputError
-from tools.machine import fit_in_memory
+from lib.common import InputError
+from lib.machine import fit_in_memory
 from train_gpt2 import GPT, GPTConfig, main
 
 LIMITED = """
 import os, re, resource, sys
 sys.path.insert(0, {root!r})
 import train_gpt2
-from tools import machine
+from lib import machine
 fit_in_memory = machine.fit_in_memory
 
 def limited(*args):  # meanwhile rank 1 has 200 MB more than it has now, and allocations beyond that really fail
@@ -43,7 +42,7 @@ def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
     result = run(script, *flags_of(config), ranks=2, timeout=100)
     assert result.returncode == 0, result.stdout
     assert "256 do not fit in memory" in result.stdout
-    free, limited = (losses(read_log(tmp_path / name), "train") for name in ("free", "limited"))
+    free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
     assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 2
 
 
@@ -65,7 +64,7 @@ def test_activation_checkpointing_comes_by_itself_where_nothing_else_fits(tiny, 
     main(tiny(log_dir=str(tmp_path / "limited"), max_steps=6))
     said = "16 micro-batches of 1 x 32 on each rank, since 2 do not fit in memory, with activation checkpointing"
     assert said in capsys.readouterr().out
-    free, limited = (losses(read_log(tmp_path / name), "train") for name in ("free", "limited"))
+    free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
     assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 6
 
 

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 
-from tools.common import InputError
+from lib.common import InputError
 from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, TrainConfig, generate, get_lr
 
 SMALL = GPTConfig(block_size=64, vocab_size=1000, n_layer=3, n_head=4, n_embd=64)

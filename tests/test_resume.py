@@ -10,12 +10,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, flags_of, read_log, run, write_shards
-from test_train import losses
+from support import ROOT, flags_of, losses, read_log, run, write_shards
 
 import train_gpt2
-from tools.common import InputError
-from tools.durable import find_checkpoint, load_checkpoint, save_checkpoint
+from lib.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from lib.common import InputError
 from train_gpt2 import main
 
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
@@ -90,7 +89,7 @@ def test_resuming_with_other_ranks_and_micro_batches_keeps_the_losses(tiny, tmp_
     result = run("train_gpt2.py", *flags_of(tiny(init_from="resume", micro_batch_size=2, **config)), ranks=2)
     assert result.returncode == 0 and "resuming at step 20" in result.stdout, result.stdout
     for kind, count in (("train", 60), ("val", 4)):
-        whole, log = (losses(read_log(tmp_path / d), kind) for d in ("whole", "log"))
+        whole, log = (losses(tmp_path / d, kind) for d in ("whole", "log"))
         assert len(whole) == count and log == pytest.approx(whole, abs=1e-5 if kind == "train" else 1.01e-4)
 
 
@@ -282,7 +281,7 @@ def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
     process = start(tiny(max_steps=40, collective_timeout=20), ranks=2, restarts=3, script=script)
     output = finish(process, timeout=120)
     assert process.returncode == 0 and "resuming at step 20" in output, output
-    whole, log = (losses(read_log(tmp_path / d), "train") for d in ("whole", "log"))
+    whole, log = (losses(tmp_path / d, "train") for d in ("whole", "log"))
     assert len(log) == 40 and log == pytest.approx(whole, abs=1e-5)
 
 
@@ -293,7 +292,7 @@ def test_one_writer_a_log_dir(tiny, tmp_path):
         main(tiny(init_from="resume", **LONG))
     process.send_signal(signal.SIGTERM)
     finish(process)
-    steps = len(losses(read_log(tmp_path / "log"), "train"))
+    steps = len(losses(tmp_path / "log", "train"))
     with pytest.raises(InputError, match=f"the run is at step {steps}, beyond max_steps 1"):  # free again
         main(tiny(init_from="resume", **{**LONG, "max_steps": 1}))
 
@@ -304,7 +303,7 @@ def test_workers_without_their_torchrun_stop_and_free_the_log_dir(tiny, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     output = process.stdout.read()  # ends when the orphans do
     assert "stopped by a signal" in output
-    steps = len(losses(read_log(tmp_path / "log"), "train"))
+    steps = len(losses(tmp_path / "log", "train"))
     assert main(tiny(init_from="resume", **{**LONG, "max_steps": steps + 1}))["step"] == steps + 1
 
 
@@ -336,7 +335,7 @@ def test_a_non_finite_step_is_skipped_whole(tiny, tmp_path, monkeypatch, capsys)
 def test_scattered_non_finite_steps_do_not_stop_the_run(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, {2, 3, 6, 7, 11, 12})
     assert main(tiny(max_nonfinite=3))["step"] == 20
-    assert losses(read_log(tmp_path / "log"), "val")[20] < 5.5
+    assert losses(tmp_path / "log", "val")[20] < 5.5
 
 
 def test_many_non_finite_steps_in_a_row_stop_with_the_last_good_state(tiny, tmp_path, monkeypatch):

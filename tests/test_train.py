@@ -6,26 +6,18 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags_of, read_log, run, write_shards
+from support import PROBES, ROOT, TINY, flags_of, load, losses, make_items, read_log, run, write_shards
 
 import train_gpt2
-from tools.common import InputError
+from lib.common import InputError
 from train_gpt2 import TrainConfig, main, parse_args
-
-
-def losses(log, kind):
-    return {int(step): float(value) for step, value in re.findall(rf"^(\d+) {kind} (\S+)$", log, re.M)}
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def test_a_run_leaves_its_log_and_checkpoints(tiny, tmp_path, capsys):
     metrics = main(tiny(max_steps=21, keep_checkpoints=2))
     log = read_log(tmp_path / "log")
     assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in log.splitlines())
-    train, val = losses(log, "train"), losses(log, "val")
+    train, val = losses(tmp_path / "log", "train"), losses(tmp_path / "log", "val")
     assert list(train) == list(range(21)) and list(val) == [0, 5, 10, 15, 20, 21]  # the weights of the last update too
     assert val[21] < val[0] - 1 and metrics["step"] == 21 and abs(metrics["val_loss"] - val[21]) < 1e-4
     assert sorted(p.name for p in (tmp_path / "log").glob("*.pt")) == ["model_00020.pt", "model_00021.pt"]
@@ -53,7 +45,7 @@ def test_micro_batch_size_changes_nothing(tiny, tmp_path):
     for size in (1, 64):  # a step has 16 sequences: 64 are taken as 16
         main(tiny(log_dir=str(tmp_path / str(size)), micro_batch_size=size))
     for kind in ("train", "val"):
-        small, large = (losses(read_log(tmp_path / d), kind) for d in ("1", "64"))
+        small, large = (losses(tmp_path / d, kind) for d in ("1", "64"))
         assert small == pytest.approx(large, abs=1e-4 if kind == "val" else 1e-5)
 
 
@@ -63,55 +55,17 @@ def test_two_ranks_equal_one(tiny, tmp_path):
     result = run("train_gpt2.py", *flags_of(config), ranks=2)
     assert result.returncode == 0, result.stdout
     for kind, count, tolerance in (("train", 20, 1e-5), ("val", 5, 1.01e-4)):
-        one, two = (losses(read_log(tmp_path / d), kind) for d in ("one", "two"))
+        one, two = (losses(tmp_path / d, kind) for d in ("one", "two"))
         assert len(one) == count and two == pytest.approx(one, abs=tolerance)
     a, b = (load(tmp_path / d / "model_00020.pt")["model"] for d in ("one", "two"))
     assert all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
     assert "Warning" not in result.stdout and "destroy_process_group" not in result.stdout
 
 
-PROBE = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {root!r})
-import train_gpt2
-from torch.nn.parallel import DistributedDataParallel as DDP
-
-syncs, clip = [], torch.nn.utils.clip_grad_norm_
-
-def count(state, bucket):  # the communication hook runs once a bucket and synchronization
-    syncs[-1] += bucket.is_last()
-    return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
-
-class Probe(DDP):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_comm_hook(None, count)
-        syncs.append(0)
-
-def check(parameters, *args, **kwargs):
-    parameters = list(parameters)
-    for p in parameters:
-        both = [torch.empty_like(p) for _ in range(2)]
-        dist.all_gather(both, p.grad.contiguous())
-        assert torch.equal(*both)
-    assert syncs[-1] == 1, syncs
-    syncs.append(0)
-    return clip(parameters, *args, **kwargs)
-
-train_gpt2.DistributedDataParallel = Probe
-torch.nn.utils.clip_grad_norm_ = check
-train_gpt2.main(train_gpt2.parse_args())
-assert len(syncs) == 21
-print("rank", dist.is_initialized(), "checked", len(syncs) - 1, "steps")
-"""
-
-
 def test_gradients_are_equal_on_both_ranks_and_synchronized_once_a_step(tiny, tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(PROBE.format(root=str(ROOT)))
-    result = run(probe, *flags_of(tiny()), ranks=2)
+    result = run(PROBES / "synchronization.py", *flags_of(tiny()), ranks=2)
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("rank False checked 20 steps") == 2  # and the process group was left
+    assert result.stdout.count("group left True, steps checked 20") == 2
 
 
 def test_validation_is_the_same_for_every_batch_and_number_of_ranks(tiny, tmp_path):
@@ -130,7 +84,7 @@ def test_init_from_a_checkpoint_starts_with_its_weights(tiny, tmp_path):
     main(tiny())
     checkpoint = str(tmp_path / "log" / "model_00020.pt")
     main(tiny(log_dir=str(tmp_path / "tuned"), init_from=checkpoint, max_steps=1))
-    first, before = losses(read_log(tmp_path / "tuned"), "val")[0], losses(read_log(tmp_path / "log"), "val")[20]
+    first, before = losses(tmp_path / "tuned", "val")[0], losses(tmp_path / "log", "val")[20]
     assert first == before
     assert load(tmp_path / "tuned" / "model_00001.pt")["config"] == load(checkpoint)["config"]
 
@@ -138,7 +92,7 @@ def test_init_from_a_checkpoint_starts_with_its_weights(tiny, tmp_path):
 def test_bfloat16_and_compile_off_by_default_on_cpu(tiny, tmp_path, capsys):
     main(tiny(dtype="bfloat16"))
     assert "bfloat16, compile off" in capsys.readouterr().out
-    assert losses(read_log(tmp_path / "log"), "val")[20] < 5.5
+    assert losses(tmp_path / "log", "val")[20] < 5.5
 
 
 def test_flags_override_the_preset_and_the_preset_the_defaults():
@@ -216,8 +170,6 @@ def test_missing_hellaswag_is_said_once_and_the_run_goes_on(tmp_path, monkeypatc
 
 
 def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
-    from test_hellaswag import make_items
-
     import hellaswag
 
     write_shards(tmp_path / "data", [1500, 5000])
@@ -227,7 +179,7 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
                             "sample_every": 3, "data_dir": str(tmp_path / "data"),
                             "log_dir": str(tmp_path / "log")})  # fmt: skip
     metrics = main(config)
-    hella = losses(read_log(tmp_path / "log"), "hella")
+    hella = losses(tmp_path / "log", "hella")
     assert list(hella) == [0, 2, 3] and hella[3] == pytest.approx(metrics["hella"], abs=1e-4)
     out = capsys.readouterr().out
     assert len(re.findall(r"step +0 \| sample", out)) == 3 == len(re.findall(r"step +3 \| sample", out))
@@ -235,8 +187,6 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPU")
 def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
-    from test_hellaswag import make_items
-
     write_shards(tmp_path / "data", [1500, 5000])
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
     settings = {**TINY, "vocab_size": 50304, "n_layer": 1, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 5,
@@ -254,7 +204,7 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     assert "compile on" in before and "Recompiling" not in after
     assert after.count("| HellaSwag") == after.count("val loss") == 3 and after.count("| sample") == 9
     for kind, tolerance in (("train", 1e-4), ("val", 2e-4), ("hella", 0)):
-        plain, compiled = (losses(read_log(tmp_path / name), kind) for name in ("plain", "compiled"))
+        plain, compiled = (losses(tmp_path / name, kind) for name in ("plain", "compiled"))
         assert compiled == pytest.approx(plain, abs=tolerance)
 
 

@@ -21,8 +21,8 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
+from lib.machine import name_and_peak
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, climb, measure
-from tools.machine import name_and_peak
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 

@@ -15,7 +15,8 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from tools.common import SHARD_NAME, InputError, hash_file
+from lib.common import InputError, hash_file
+from lib.shards import SHARD_NAME
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change

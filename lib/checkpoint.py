@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from tools.common import InputError, atomic_write
+from lib.common import InputError, atomic_write
 
 COMMENT_LENGTH = struct.pack("<H", 64)  # of a sha256 in hexadecimal, as the last field of a zip archive
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
-from tools.common import InputError
+from lib.common import InputError
 
 # dense 16-bit matrix products by datasheet, TFLOP/s
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}

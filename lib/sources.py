@@ -19,11 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tools import hub
-from tools.common import InputError
+from lib import hub
+from lib.common import InputError
 
-# Tokens per byte of a file, a little above the truth (FineWeb-Edu: 0.35): for the time left and the disk needed
-TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".txt": 0.25, ".bin": 0.5}
 TEXT_SUFFIXES = {".parquet", ".jsonl", ".txt"}
 
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from tools.machine import sum_over_ranks
+from lib.machine import sum_over_ranks
 
 
 class StopRun(Exception):

@@ -1,18 +1,14 @@
 """
-What the scripts share: errors for the user, files that are never half-written, the tokenizer, the shard format.
+What the scripts share: errors for the user, files that are never half-written, the tokenizer.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
 import os
-import re
 import socket
 import sys
 from pathlib import Path
-
-import numpy as np
 
 try:
     import fcntl
@@ -20,7 +16,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
 
 
 class InputError(ValueError):
@@ -105,46 +100,3 @@ def get_tokenizer():
         special_tokens={"<|endoftext|>": EOT},
         explicit_n_vocab=50257,
     )
-
-
-def read_manifest(folder):
-    """The manifest of a folder of shards, or None where it has none (shards made by other tools)."""
-    path = Path(folder) / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def find_shards(data_root, split):
-    """The paths of a split's shards in name order. Raises InputError where there are none."""
-    root = Path(data_root)
-    paths = sorted(root.iterdir()) if root.is_dir() else []
-    paths = [path for path in paths if (m := SHARD_NAME.fullmatch(path.name)) and m["split"] == split]
-    if not paths:
-        raise InputError(
-            f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB download), "
-            "or try python train_gpt2.py --preset demo"
-        )
-    manifest = read_manifest(root)
-    if manifest and not manifest["complete"]:
-        raise InputError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
-    if manifest:
-        listed = {s["file"] for s in manifest["shards"] if SHARD_NAME.fullmatch(s["file"])["split"] == split}
-        for name in sorted(listed ^ {path.name for path in paths}):
-            raise InputError(f"{root}/{name} is in the folder or in its manifest.json, not in both: build it again")
-    return paths
-
-
-def open_shard(path):
-    """Memory-map a shard: a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16)."""
-    try:
-        if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            header = np.fromfile(path, "<i4", 256)
-            tokens = np.memmap(path, "<u2", mode="r", offset=1024)
-            if len(header) < 3 or tuple(header[:3]) != (20240520, 1, len(tokens)):
-                raise ValueError(f"its header {header[:3]} should be 20240520, 1 and its {len(tokens)} tokens")
-        if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
-            raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
-    return tokens

@@ -1,0 +1,91 @@
+"""What the tests share: a tiny run, its shards, and the scripts run as a user runs them."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBES = ROOT / "tests" / "probes"
+
+TINY = dict(
+    n_layer=2, n_head=2, n_embd=32, vocab_size=512, sequence_length=32, total_batch_size=512, micro_batch_size=2,
+    max_steps=20, warmup_steps=2, max_lr=1e-2, val_every=5, val_tokens=1000, hellaswag_every=0, sample_every=0,
+    checkpoint_every=10, device="cpu",
+)  # fmt: skip
+
+
+def write_shards(folder, lengths, vocab_size=512, seed=0, name="tiny"):
+    """Shards of text with something to learn: each token follows from the one before, plus noise. Returns the stream
+    of train tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    shards = []
+    for index, length in enumerate(lengths):
+        noise = rng.integers(0, 4, length)
+        tokens = ((np.cumsum(noise) * 7) % vocab_size).astype("<u2")
+        np.save(folder / f"{name}_{'val' if index == 0 else 'train'}_{index:06d}.npy", tokens)
+        shards.append(tokens)
+    return np.concatenate(shards[1:])
+
+
+def make_items(count, seed=0):
+    """HellaSwag items in random words."""
+    rng = random.Random(seed)
+    words = ["the", "a", "man", "dog", "roof", "runs", "sits", "on", "under", "quickly", "then", "she", "opens", "door"]
+
+    def text(low, high):
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    return [
+        {"ctx": text(3, 60), "label": rng.randrange(4), "endings": [text(1, 25) for _ in range(4)]}
+        for _ in range(count)
+    ]
+
+
+def write_items(path, count):
+    path.write_text("".join(json.dumps(item) + "\n" for item in make_items(count)))
+
+
+def command_of(script, *args, ranks=0, restarts=0):
+    """The command line of a script, under torchrun where ranks are given."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} --max-restarts={restarts}".split()
+    return [sys.executable, *(torchrun if ranks else []), str(ROOT / script), *map(str, args)]
+
+
+def environment(**extra):
+    """One thread a rank: two processes whose OpenMP threads spin on two cores run many times slower."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def run(script, *args, ranks=0, cwd=None, env=None, timeout=150):
+    """Run a script as a user does; returns the CompletedProcess, stderr in its stdout."""
+    return subprocess.run(
+        command_of(script, *args, ranks=ranks), cwd=cwd or ROOT, env=environment(**(env or {})),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def flags_of(config, **overrides):
+    """The command line of a TrainConfig."""
+    return [f"--{k}={v}" for k, v in {**asdict(config), **overrides}.items() if v is not None and k != "compile"]
+
+
+def read_log(log_dir):
+    return (Path(log_dir) / "log.txt").read_text()
+
+
+def losses(log_dir, kind):
+    """The records of a kind in log.txt, by step."""
+    return {int(s): float(value) for s, value in re.findall(rf"^(\d+) {kind} (\S+)$", read_log(log_dir), re.M)}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
