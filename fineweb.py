@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import EOT, InputError, atomic_write, front_door, get_tokenizer, hash_file, lock_folder
+from lib.common import EOT, InputError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command
 from lib.hub import FINEWEB_EDU
 from lib.shards import DOWNLOADS, check_disk, find_manifest, open_shard, read_manifest, removed_if_empty, write_manifest
 from lib.sources import documents_of, find_source
@@ -250,7 +250,7 @@ def main():
         parser.error("--workers and --shard_size must be 1 or more")
     args.shard_size = args.shard_size or (100_000 if args.source == "demo" else 100_000_000)
     try:
-        front_door(lambda: build(**vars(args)))
+        run_as_command(lambda: build(**vars(args)))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
         sys.exit(130)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from lib.common import InputError, atomic_write, front_door, get_tokenizer
+from lib.common import InputError, atomic_write, get_tokenizer, run_as_command
 from lib.machine import sum_over_ranks
 
 FOLDER = Path(__file__).parent / "hellaswag"
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--data", help="a .jsonl of items (default: the validation set, fetched on first use)")
     parser.add_argument("--limit", type=int, help="score only the first N items")
     args = parser.parse_args()
-    front_door(run, args.model, args.device, args.data, args.limit)
+    run_as_command(run, args.model, args.device, args.data, args.limit)
 
 
 if __name__ == "__main__":

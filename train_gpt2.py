@@ -6,20 +6,16 @@ Train GPT-2 from scratch: one file, read top to bottom.
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # the same on eight
 
 Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
-The data come from fineweb.py, the HellaSwag score from hellaswag.py.
+The data come from fineweb.py, the HellaSwag score from hellaswag.py; what is not about GPT-2 is in lib/.
 
-Measured: the demo's validation loss falls from 10.74 to 5.35 in 75 s on 2 CPU cores (torch 2.13.0, one run); GPT-2 124M
-trains at 531,000 tokens/s, MFU 42.9%, on one H200 (torch 2.11.0, bfloat16, compile, 5 steps of a 20-step run), before
-the residual stream went to 16 bits, which made the step alone 1.05 times as fast there.
+Measured: the demo's validation loss falls from 10.74 to 5.35 in 75 s on 2 CPU cores (torch 2.13.0, one run).
+One step of GPT-2 124M takes 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
 """
 
-import argparse
-import contextlib
 import functools
 import math
 import os
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +25,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import checkpoint as durable
-from lib import machine
-from lib.common import InputError, front_door, get_tokenizer, lock_folder
-from lib.shards import build_missing, find_shards, open_shard, read_manifest
-from lib.signals import StopRun, stop_signals
+from lib import checkpoint as checkpoints
+from lib import dataset, knobs, machine
+from lib.common import InputError, get_tokenizer, run_as_command
+from lib.cpu_loss import ChunkedCrossEntropy
+from lib.memory import fit_micro_batch
+from lib.run import Run
+from lib.shards import build_missing, find_shards, open_shard
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -54,9 +52,7 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
     total_batch_size: int = 524288  # tokens an optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = (
-        64  # sequences a forward pass on one rank, at most; fewer where memory or batch is too small
-    )
+    micro_batch_size: int = 64  # sequences a forward pass on one rank, at most; fewer where memory is short
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 715  # steps of linear warm-up: 375M tokens
     max_lr: float = 6e-4
@@ -96,39 +92,7 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The command line as a TrainConfig: the defaults, the preset's overrides, then the flags."""
-    parser = argparse.ArgumentParser(description="Train GPT-2", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, default="gpt2", help="a named set of overrides (default: gpt2)")
-    for field in fields(TrainConfig):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type == bool | None else {"type": field.type}
-        parser.add_argument(f"--{field.name}", help=f"default: {field.default!r}", **kind)
-    flags = vars(parser.parse_args(argv))
-    return TrainConfig(**{**PRESETS[flags.pop("preset")], **flags})
-
-
-def check_config(c, world_size):
-    """Raise InputError, with the remedy, for a TrainConfig that cannot run."""
-    for field in fields(c):
-        least = {"keep_checkpoints": 2}.get(field.name, 0 if field.name.endswith(("_every", "_steps", "seed")) else 1)
-        if field.type is int and getattr(c, field.name) < least:
-            raise InputError(f"{field.name} is {getattr(c, field.name)}: it must be {least} or more")
-    for name, choices in (("device", "auto cuda mps cpu"), ("dtype", "auto bfloat16 float16 float32")):
-        if getattr(c, name) not in choices.split():
-            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {choices}")
-    if c.n_embd % c.n_head:
-        fit = [n for n in range(1, c.n_embd + 1) if c.n_embd % n == 0]
-        raise InputError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {fit}")
-    rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # sequences of each rank in a step
-    if rest or rows % min(rows, c.micro_batch_size):
-        fit = [n for n in range(1, rows + 1) if rows % n == 0 and not rest]
-        raise InputError(
-            f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
-            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}"
-        )
-    sources = ("scratch", "resume", *OPENAI_MODELS)
-    if c.init_from not in sources and not Path(c.init_from).is_file():
-        raise InputError(f"init_from {c.init_from!r} is no file and none of {', '.join(sources)}")
-    if c.vocab_size < 50257 and (c.sample_every or c.hellaswag_every):
-        raise InputError(f"vocab_size {c.vocab_size} is below 50257: it needs --sample_every 0 --hellaswag_every 0")
+    return knobs.parse_args(TrainConfig, PRESETS, "Train GPT-2", argv)
 
 
 # -----------------------------------------------------------------------------
@@ -284,37 +248,22 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, a chunk of tokens at a time, for CPU.
+def model_of(checkpoint):
+    """The GPT of a checkpoint that lib.checkpoint has read, on the CPU."""
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
 
-    The logits of 2,048 tokens take 400 MB, and there allocating and sweeping them costs more than the matrix products.
-    All chunks of all steps share one buffer, and as softmax - onehot is the gradient, they compute it on the way.
-    """
 
-    buffers = {}  # by vocabulary and type
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        chunk, w, count = 512, weight.to(x.dtype), (targets >= 0).sum()  # chunk: tokens
-        loss, ctx.dx, ctx.dw = x.new_zeros((), dtype=torch.float32), torch.zeros_like(x), torch.zeros_like(w)
-        buffer = ChunkedCrossEntropy.buffers.setdefault((len(w), x.dtype), w.new_empty(chunk, len(w)))
-        for xs, ys, dxs in zip(x.split(chunk), targets.split(chunk), ctx.dx.split(chunk), strict=True):
-            rows = torch.arange(len(xs))
-            p = torch.mm(xs, w.t(), out=buffer[: len(xs)])
-            p = torch.softmax(p, dim=1, out=p)
-            loss -= p[rows, ys.clamp(min=0)].float().clamp(min=1e-38).log()[ys >= 0].sum()
-            if ctx.needs_input_grad[0]:
-                p[rows, ys.clamp(min=0)] -= 1
-                p[rows[ys < 0]] = 0  # by row number: a mask would sweep all of p
-                torch.mm(p, w, out=dxs)
-                ctx.dw.addmm_(p.t(), xs)
-        ctx.dx /= count
-        ctx.dw /= count
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.dx.mul_(grad), ctx.dw.mul_(grad).float(), None
+def initial_model(config, checkpoint=None):
+    """The GPT that a run starts with, on the CPU: from its own checkpoint, from other weights, or from scratch."""
+    if checkpoint:
+        return model_of(checkpoint)
+    c = config
+    if c.init_from not in ("scratch", "resume"):
+        model = load_model(c.init_from)
+        return model
+    return GPT(GPTConfig(c.sequence_length, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
 
 
 def load_model(name):
@@ -323,10 +272,7 @@ def load_model(name):
         return GPT.from_pretrained(name)
     if not Path(name).is_file():
         raise InputError(f"{name!r} is no checkpoint file and none of {', '.join(OPENAI_MODELS)}")
-    checkpoint = durable.load_checkpoint(name)
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model
+    return model_of(checkpoints.load_checkpoint(name))
 
 
 # -----------------------------------------------------------------------------
@@ -336,61 +282,58 @@ def load_model(name):
 class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
-    The tokens of a split are one stream, cut into rows of T+1 tokens that overlap by one. An epoch of the train split
-    visits every row once, in a permutation seeded by (seed, epoch); the val split goes in order. A batch takes the next
-    num_processes * B rows, B of them on each rank, so that the same rows follow each other whatever the two are.
+    The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
+    of the train split visits every sequence once, in a permutation seeded by (seed, epoch); the val split goes in
+    order. A batch takes the next num_processes * B of them, B on each rank, so that they follow each other in one order
+    whatever the two are.
     """
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0):
         self.B, self.T, self.process_rank, self.num_processes = B, T, process_rank, num_processes
-        self.split, self.seed = split, seed
+        self.split, self.vocab_size, self.seed = split, vocab_size, seed
         self.paths = find_shards(data_root, split)
         self.shards = [open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])  # where each one ends in the stream
-        self.num_rows = int(self.ends[-1] - 1) // T
-        if self.num_rows == 0:
+        self.num_sequences = int(self.ends[-1] - 1) // T
+        if self.num_sequences == 0:
             raise InputError(f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for {T} + 1: build more")
-        for i in range(process_rank, len(self.paths), num_processes):  # the ranks share the reading
-            if self.shards[i].max() >= vocab_size:
-                at = int(np.argmax(self.shards[i] >= vocab_size))
-                raise InputError(
-                    f"{self.paths[i]} has token id {self.shards[i][at]} at offset {at}, not below vocab_size "
-                    f"{vocab_size}: it is damaged or made with another tokenizer, build it again"
-                )
         self.reset()
 
     def reset(self):
         self.seek(0)
 
     def seek(self, position):
-        """Continue after `position` rows, counted over all ranks and epochs."""
+        """Continue after `position` sequences, counted over all ranks and epochs."""
         self.position, self.epoch = position, None
 
-    def describe(self):
-        """What tells these shards from others: by name, their token counts and the hashes that a manifest has."""
-        manifest = read_manifest(self.paths[0].parent) or {"shards": []}
-        hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
-        return {p.name: [len(shard), hashes.get(p.name)] for p, shard in zip(self.paths, self.shards, strict=True)}
-
-    def row(self, number):
-        """Row `number` of the run: T+1 token ids, uint16."""
-        epoch, index = divmod(number, self.num_rows)
+    def sequence(self, number):
+        """Sequence `number` of the run with the token after it: T+1 ids, uint16."""
+        epoch, index = divmod(number, self.num_sequences)
         if self.split == "train":
             if epoch != self.epoch:  # RandomState rather than default_rng: NumPy promises that its streams never change
-                self.epoch, self.order = epoch, np.random.RandomState([self.seed, epoch]).permutation(self.num_rows)
+                self.epoch, self.order = (
+                    epoch,
+                    np.random.RandomState([self.seed, epoch]).permutation(self.num_sequences),
+                )
             index = int(self.order[index])
-        start, end = index * self.T, (index + 1) * self.T + 1
-        first, last = np.searchsorted(self.ends, (start, end - 1), side="right")
-        offset = self.ends[first] - len(self.shards[first])
-        pieces = self.shards[first : last + 1]  # one, or several where the row crosses from shard to shard
-        return (pieces[0] if first == last else np.concatenate(pieces))[start - offset : end - offset]
+        start = index * self.T
+        first, last = np.searchsorted(self.ends, (start, start + self.T), side="right")
+        offset = start - (self.ends[first] - len(self.shards[first]))
+        pieces = self.shards[first : last + 1]  # one, or several where it crosses from shard to shard
+        tokens = (pieces[0] if first == last else np.concatenate(pieces))[offset : offset + self.T + 1]
+        if tokens.max() >= self.vocab_size:  # on CUDA it would end the process without a word
+            raise InputError(
+                f"{self.paths[first]} has token id {tokens.max()} at offset {offset + tokens.argmax()}, not below "
+                f"vocab_size {self.vocab_size}: it is damaged or made with another tokenizer, build it again"
+            )
+        return tokens
 
     def next_batch(self):
         """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""
         first = self.position + self.process_rank * self.B
-        rows = torch.from_numpy(np.stack([self.row(first + i) for i in range(self.B)]).astype(np.int64))
+        tokens = torch.from_numpy(np.stack([self.sequence(first + i) for i in range(self.B)]).astype(np.int64))
         self.position += self.B * self.num_processes
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T)
 
 
 # -----------------------------------------------------------------------------
@@ -409,14 +352,14 @@ def get_lr(step, config):
 
 
 @torch.no_grad()
-def evaluate_loss(model, loader, num_rows, device, before_batch=lambda: None):
-    """The mean loss in nats per token over the first num_rows rows of the loader, whatever its B and the ranks."""
+def evaluate_loss(model, loader, num_sequences, device, before_batch=lambda: None):
+    """The mean loss in nats per token over the first num_sequences of the loader, whatever its B and the ranks."""
     model.eval()
     loader.reset()
     total, count = torch.zeros((), device=device), 0
-    while loader.position < num_rows:
+    while loader.position < num_sequences:
         before_batch()
-        mine = min(loader.B, num_rows - loader.position - loader.process_rank * loader.B)  # rows that count
+        mine = min(loader.B, num_sequences - loader.position - loader.process_rank * loader.B)  # that count
         x, y = loader.next_batch()
         if mine > 0:
             y[mine:] = -100  # rather than a smaller batch: compiled code keeps its one shape
@@ -451,200 +394,140 @@ def sample(model, prompt, device, seed, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
+# One step
+
+
+def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip, autocast, device):
+    """One optimizer step on the loader's next micro-batches. Returns (loss, norm, finite).
+
+    loss: the mean over the whole batch and all ranks in nats per token, before the update; norm: the global L2 norm of
+    the gradient before clipping; finite: whether both were, so that the update was made.
+    """
+    loss = torch.zeros((), device=device)
+    for micro_step in range(grad_accum_steps):
+        x, y = machine.to_device(loader.next_batch(), device)
+        # DDP reads this in its forward: the ranks sum their gradients once a step, during the last backward
+        model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        with autocast():
+            _, micro_loss = model(x, y, return_logits=False)
+        micro_loss = micro_loss / grad_accum_steps  # their gradients add up to that of the mean over the batch
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    loss = machine.mean_over_ranks(loss).item()  # .item() waits for the device
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same; float16's
+    # gradients overflow now and then by design, and its scaler skips those updates itself
+    finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
+    if finite or scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    return loss, norm, finite
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 
-def accumulate_gradients(model, loader, micro_steps, device, autocast, scaler, synchronize=True):
-    """Add the gradients of the mean loss over the loader's next micro-batches; return that loss, a float32 scalar."""
-    total = torch.zeros((), device=device)
-    for micro_step in range(micro_steps):
-        x, y = (machine.to_device(t, device) for t in loader.next_batch())
-        # DDP reads this in its forward: only the last backward sums over the ranks, while it runs
-        model.require_backward_grad_sync = synchronize and micro_step == micro_steps - 1
-        with autocast():
-            _, loss = model(x, y, return_logits=False)
-        loss = loss / micro_steps
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+def train(config, run):
+    """Train by config, a TrainConfig, within run, a lib.run.Run that is open."""
+    # data: shards that fineweb.py made, of which the val split is never trained on
+    T, device, ranks = config.sequence_length, run.device, (run.rank, run.world_size)
+    sequences = config.total_batch_size // T  # of a step, over all ranks
+    if run.local_rank == 0 and config.data_source:
+        build_missing(config.data_source, config.data_dir)
+    machine.wait_for_all()
+    data = dataset.check(config.data_dir, T, sequences)
+    hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
+    checkpoint = run.open_folder()
+
+    # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation, `model`
+    # for the changing ones of HellaSwag and sampling, each of which would compile anew
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
+    model = initial_model(config, checkpoint).to(device)
+    compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
+    trained = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if run.world_size > 1 else compiled
+
+    # optimizer, and the precision of the matrix products
+    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
+    dtype = machine.choose_dtype(config.dtype, device)
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
+    run.say(
+        f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {run.world_size} x {run.device_name}, "
+        f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}"
+    )
+
+    # where the run begins, or goes on
+    settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
+    run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
+    del checkpoint
+
+    # memory: the micro-batch that fits on every rank, and the step's batch in so many of them
+    share = sequences // run.world_size  # sequences of each rank
+    limit, recompute = config.micro_batch_size, config.activation_checkpointing
+    B, note = fit_micro_batch(model, trained, optimizer, limit, share, T, recompute, autocast, device)
+    grad_accum_steps = share // B
+    run.say(f"a step of {config.total_batch_size:,} tokens: {grad_accum_steps} micro-batches of {B} x {T} a rank{note}")
+    train_loader = DataLoaderLite(B, T, *ranks, "train", config.data_dir, config.vocab_size, config.seed)
+    train_loader.seek(run.step * sequences)
+    val_loader = DataLoaderLite(B, T, *ranks, "val", config.data_dir, config.vocab_size)
+    val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
+
+    for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token()):
+        # once in a while: the loss on tokens that are never trained on
+        if run.due(config.val_every):
+            with run.timing("validation"), autocast():
+                val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
+            run.record("val", val_loss)
+
+        # once in a while: can it tell how a story goes on from three wrong endings?
+        if hella and run.due(config.hellaswag_every):
+            with run.timing("HellaSwag"), autocast():
+                counts = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
+            run.record("hella", (counts[1] / counts[2]).item())
+
+        # once in a while: read what it writes
+        if run.rank == 0 and run.due(config.sample_every):
+            with run.timing("samples"), autocast():
+                texts = sample(model, config.sample_prompt, device, config.seed)
+            run.say("\n".join(f"step {step:5d} | sample {text!r}" for text in texts))
+
+        # once in a while: save all that it takes to go on from here
+        if step > 0 and run.due(config.checkpoint_every):
+            run.save()
+
+        # the last weights are evaluated and saved, and not trained further
+        if step == config.max_steps:
+            break
+
+        # always: one step
+        lr = get_lr(step, config)
+        with run.timing("training"):
+            loss, norm, finite = train_step(
+                trained, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
+            )
+        run.record_step(loss, norm, lr, finite)
+    run.finish("python hellaswag.py -m {checkpoint}")
 
 
 def main(config):
     """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
 
-    Raises InputError, before anything is allocated or overwritten, for what the user can put right.
+    Raises InputError for what the user can put right.
     """
-    check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
-    log_dir, log_file = Path(config.log_dir), Path(config.log_dir) / "log.txt"
-    clock = machine.Stopwatch()
-    with (
-        machine.distributed(config.device, config.collective_timeout) as (rank, local_rank, world_size, device),
-        stop_signals(device) as check_stop,
-        contextlib.ExitStack() as held,
-    ):
-        # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
-        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
-        resuming = config.init_from == "resume" or machine.sum_over_ranks(restarts).item() > 0
-        if not resuming and (log_file.exists() or any(log_dir.glob("model_*.pt"))):
-            raise InputError(f"{log_dir}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
-
-        def log(message, record=None):
-            """Print the message on rank 0, and append the record to log.txt."""
-            if rank == 0:
-                print(message, flush=True)
-                if record:
-                    with open(log_file, "a") as file:
-                        file.write(f"{record}\n")
-
-        # data
-        T, rows_per_step = config.sequence_length, config.total_batch_size // config.sequence_length
-        rows = rows_per_step // world_size
-        B = min(config.micro_batch_size, rows)
-        if local_rank == 0 and config.data_source:
-            build_missing(config.data_source, config.data_dir)
-        machine.wait_for_all()
-        train_loader, val_loader = (
-            DataLoaderLite(B, T, rank, world_size, split, config.data_dir, config.vocab_size, config.seed)
-            for split in ("train", "val")
-        )
-        if train_loader.num_rows < rows_per_step:
-            found = f"{config.data_dir}/ has {train_loader.num_rows} training sequences of {T} tokens"
-            raise InputError(f"{found}, too few for one step of {rows_per_step}: build more, or lower total_batch_size")
-        if rank == 0:
-            held.enter_context(lock_folder(log_dir))
-        data = {**train_loader.describe(), **val_loader.describe()}
-        val_rows = max(1, min(config.val_tokens // T, val_loader.num_rows))
-        hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
-
-        # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation,
-        # `model` for the changing ones of HellaSwag and sampling, each of which would compile anew
-        torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-        checkpoint = durable.find_checkpoint(log_dir, rank) if resuming else None
-        if checkpoint:
-            model = GPT(GPTConfig(**checkpoint["config"]))
-        elif config.init_from in ("scratch", "resume"):
-            model = GPT(GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd))
-        else:
-            model = load_model(config.init_from)
-        model.to(device)
-        compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
-        trained = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
-        optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
-        dtype = machine.choose_dtype(config.dtype, device)
-        autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
-
-        device_name, peak = machine.name_and_peak(device)
-        about_mfu = f"\nMFU is 6N + 6LCT a token over {peak} TFLOP/s (datasheet)" if peak else ""
-        log(
-            f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {world_size} x {device_name}, "
-            f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}{about_mfu}"
-        )
-
-        # what a checkpoint holds, and where the run goes on
-        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        state = {"step": 0, "nonfinite": 0, "val_loss": None}
-        facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
-        if checkpoint:
-            log(durable.restore(checkpoint, parts, facts, state))
-        elif resuming:
-            log(f"no checkpoint in {log_dir}/ yet: starting at step 0")
-        if rank == 0:
-            durable.cut_log(log_file, state["step"])
-
-        # a rehearsal of what a step needs at most: two micro-batches, the second beside the gradients of the first,
-        # and room for AdamW's moments
-        def rehearse(B, recompute):
-            model.zero_grad()
-            train_loader.B, model.activation_checkpointing = B, recompute
-            _moments = [torch.empty_like(p) for p in 2 * list(model.parameters()) if not optimizer.state]
-            accumulate_gradients(trained, train_loader, 2, device, autocast, scaler, synchronize=False)
-
-        B, note = machine.fit_in_memory(rehearse, B, rows, config.activation_checkpointing, device)
-        val_loader.B, grad_accum_steps = B, rows // B
-        model.zero_grad()
-        micro_batches = f"{grad_accum_steps} micro-batches of {B} x {T} on each rank{note}"
-        log(f"{config.max_steps} steps of {config.total_batch_size:,} tokens: {micro_batches}")
-        first_step, metrics = state["step"], {}
-        train_loader.seek(first_step * rows_per_step)
-
-        def save():
-            with clock.timing("checkpoints"):
-                return rank != 0 or durable.save_checkpoint(log_dir, config.keep_checkpoints, parts, {**facts, **state})
-
-        def due(every):
-            return every > 0 and (state["step"] % every == 0 or state["step"] == config.max_steps)
-
-        try:
-            for step in range(first_step, config.max_steps + 1):  # inclusive: the last weights are evaluated and saved
-                state["step"] = step
-                check_stop()
-                if state["nonfinite"] >= config.max_nonfinite:
-                    raise StopRun(f"not finite in {state['nonfinite']} steps in a row up to step {step - 1}")
-                if due(config.val_every):
-                    with clock.timing("validation"), autocast():
-                        state["val_loss"] = evaluate_loss(compiled, val_loader, val_rows, device, check_stop)
-                    log(f"step {step:5d} | val loss {state['val_loss']:.4f}", f"{step} val {state['val_loss']:.4f}")
-                if hella is not None and due(config.hellaswag_every):
-                    with clock.timing("HellaSwag"), autocast():
-                        counts = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, check_stop))
-                    _, right, total = counts.tolist()
-                    metrics["hella"] = right / total
-                    log(f"step {step:5d} | HellaSwag {right}/{total}", f"{step} hella {right / total:.4f}")
-                if rank == 0 and due(config.sample_every):
-                    with clock.timing("samples"), autocast():
-                        for text in sample(model, config.sample_prompt, device, config.seed):
-                            log(f"step {step:5d} | sample {text!r}")
-                saved = step == 0 or not due(config.checkpoint_every) or save()
-                if step == config.max_steps:
-                    break
-
-                # one optimizer step: the gradients of the micro-batches add up to that of the whole batch
-                start = time.perf_counter()
-                loss = accumulate_gradients(trained, train_loader, grad_accum_steps, device, autocast, scaler)
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-                lr = get_lr(step, config)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss = machine.sum_over_ranks(loss).item() / world_size  # .item() waits for the device
-                # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same;
-                # float16's gradients overflow now and then by design, and its scaler skips those updates itself
-                finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
-                if finite or scaler.is_enabled():
-                    scaler.step(optimizer)
-                    scaler.update()
-                optimizer.zero_grad()
-                state["nonfinite"] = 0 if finite else state["nonfinite"] + 1
-
-                seconds = time.perf_counter() - start
-                clock["training"] += seconds
-                speed, left = config.total_batch_size / seconds, seconds * (config.max_steps - step - 1)
-                mfu = f" | MFU {speed * model.flops_per_token() / (world_size * peak * 1e12):.1%}" if peak else ""
-                note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
-                log(
-                    f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
-                    f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | "
-                    f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left{note}",
-                    f"{step} train {loss:.6f}",
-                )
-                metrics["train_loss"] = loss
-                if step == first_step:
-                    machine.set_timeout(config.collective_timeout)
-        except StopRun as reason:
-            saved = save()
-            if state["nonfinite"] >= config.max_nonfinite:
-                raise InputError(f"{reason}: try a lower max_lr or --dtype float32, and --init_from resume") from None
-            log(f"{reason}. To go on, give the same command with --init_from resume")
-        else:
-            log(f"done: {clock}. All is in {log_dir}/")
-            if config.checkpoint_every:
-                log(f"next: python hellaswag.py -m {log_dir}/model_{step:05d}.pt")
-        if not saved:
-            raise InputError(f"the last checkpoint could not be saved: make room for it in {log_dir}/ and resume")
-        return {"step": state["step"], "val_loss": state["val_loss"], **metrics}
+    knobs.check(config, int(os.environ.get("WORLD_SIZE", 1)), OPENAI_MODELS)
+    resume = config.init_from == "resume"
+    with Run(
+        config.log_dir, config.device, resume, config.keep_checkpoints, config.max_nonfinite, config.collective_timeout
+    ) as run:
+        train(config, run)
+    return run.metrics
 
 
 if __name__ == "__main__":
-    front_door(main, parse_args())
+    run_as_command(main, parse_args())

@@ -1,13 +1,17 @@
 """
-What the scripts share: errors for the user, files that are never half-written, the tokenizer.
+What the scripts share: errors for the user, a console that may go away, files that are never half-written, the
+tokenizer.
 """
 
 import contextlib
 import functools
 import hashlib
 import os
+import re
 import socket
+import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 try:
@@ -16,20 +20,44 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2
+OUR_TEMPORARY = re.compile(
+    r"(model_\d{5,}\.pt|\w+\.txt|\w+\.json|\w+\.png|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
+)
 
 
 class InputError(ValueError):
     """Something that the user can put right. The message says what was found, what was expected and what to do."""
 
 
-def front_door(run, *args):
-    """Call run(*args); an InputError becomes its message on stderr and exit code 2, without a traceback."""
+def say(message, stream=None):
+    """Print a line at once. A console that is gone (a closed pipe, a full disk) becomes /dev/null: the run goes on."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # not every terminal can print what a model writes
+    try:
+        stream.write(
+            str(message).encode(encoding, "backslashreplace").decode(encoding) + "\n"
+        )  # one write: whole lines
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def report(error):
+    """Say an error that ends the program, on stderr: an InputError as one line, any other with its traceback. Returns
+    the exit code."""
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    known = isinstance(error, InputError)
+    say(f"{rank}error: {error}" if known else rank + "".join(traceback.format_exception(error)), sys.stderr)
+    return 2 if known else 1
+
+
+def run_as_command(run, *args):
+    """Call run(*args) as a program: an InputError becomes its message and exit code 2, without a traceback."""
     try:
         return run(*args)
     except InputError as error:
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(report(error))
 
 
 @contextlib.contextmanager
@@ -48,30 +76,40 @@ def atomic_write(path):
             os.fsync(folder)
             os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
-def lock_folder(folder):
+def lock_folder(folder, purpose=""):
     """Make the folder and hold it for this process, by a lock of the operating system that goes when the process does.
+    Yields what the holder before noted in it; this one notes its process id, host and `purpose`.
 
-    Raises InputError, with the holder's process id and host, where another holds it. Clears stale temporary files.
+    Raises InputError, with that note, where another process holds it. Clears our own stale temporary files.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / "lock", "a+"))
             file.seek(0)
-            raise InputError(f"{folder}/ is being written by {file.read()}: wait, or stop it with kill") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        for stale in folder.glob("*.tmp"):
-            stale.unlink()
-        yield
+            before = file.read()
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}/ is being written by {before}: wait, or stop it with kill") from None
+            except OSError as error:  # some network file systems have no locks
+                say(f"warning: {folder}/ cannot be locked ({error}): see to it that nothing else writes it")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}{purpose}")
+            file.flush()
+            for path in folder.iterdir():
+                if OUR_TEMPORARY.fullmatch(path.name):
+                    path.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write {folder}/: {error}. Mend that, or choose another folder") from None
+        yield before
 
 
 def hash_file(path, digest=None):
@@ -81,6 +119,14 @@ def hash_file(path, digest=None):
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def git_commit():
+    """The commit of this code, None where it is no git checkout."""
+    root = Path(__file__).parent.parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", root, "rev-parse", "HEAD"] if (root / ".git").exists() else ["false"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @functools.cache

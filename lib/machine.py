@@ -3,9 +3,7 @@ The machine: the ranks of torchrun (alone, without it, there is one), the device
 """
 
 import contextlib
-import gc
 import os
-import sys
 import time
 from collections import Counter
 from datetime import timedelta
@@ -14,7 +12,7 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
-from lib.common import InputError
+from lib.common import InputError, say
 
 # dense 16-bit matrix products by datasheet, TFLOP/s
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
@@ -44,12 +42,11 @@ def distributed(device, timeout):
         limit = timedelta(seconds=timeout)
         dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **on_device)
         set_timeout(max(1800, timeout))
-    try:
-        yield rank, local_rank, max(world_size, 1), device
+    yield rank, local_rank, max(world_size, 1), device
+    # only after a clean end: destroying waits for what the others wait for, half an hour where one of them has failed
+    if world_size:
         wait_for_all()  # a rank that leaves early takes its connections from the others
-    finally:
-        if world_size:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def set_timeout(seconds):
@@ -69,65 +66,54 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def mean_over_ranks(tensor):
+    """The mean of a tensor over all ranks, in place. gloo has no such reduction of its own."""
+    return sum_over_ranks(tensor).div_(dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def from_rank_0(value):
+    """Plain data of rank 0, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def name_and_peak(device):
     """The device's name, and its PEAK_TFLOPS where that is known, else None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return name, next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
-def fit_in_memory(attempt, size, total, recompute, device):
-    """Return the first (size, what to say of it) with which attempt(size, recompute) fits on all ranks: the size given,
-    else the largest power of two that divides total; with activation checkpointing if recompute, or, where that is
-    None, if nothing fits without. Raises InputError where nothing fits at all.
-    """
-    sizes = [size] + [2**i for i in reversed(range(size.bit_length())) if 2**i < size and total % 2**i == 0]
-    for checkpointing in [False, True] if recompute is None else [recompute]:
-        for n in sizes:
-            short = 0
-            try:
-                attempt(n, checkpointing)
-            except RuntimeError as error:
-                # torch.OutOfMemoryError is CUDA's; Apple's and the CPU's have no class of their own
-                if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
-                    raise
-                short = 1
-            if sum_over_ranks(torch.tensor(short, device=device)).item() == 0:
-                why = f", since {size} do not fit in memory" if n < size else ""
-                return n, why + (", with activation checkpointing" if checkpointing else "")
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            if "torch._dynamo" in sys.modules:
-                torch.compiler.reset()  # it compiles for a limited number of shapes
-    raise InputError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
-
-
 class Stopwatch(Counter):
-    """Seconds by what they were spent on; as a string, their shares."""
+    """Seconds by what they were spent on; as a string, their shares. `last` is the latest of them."""
 
     @contextlib.contextmanager
     def timing(self, what):
         start = time.perf_counter()
         yield
-        self[what] += time.perf_counter() - start
+        self.last = time.perf_counter() - start
+        self[what] += self.last
 
     def __str__(self):
         return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())
 
 
 def choose_dtype(name, device):
+    """The torch.dtype of a name; auto is 16 bits on CUDA (bfloat16 where it has that), float32 elsewhere."""
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def choose_compile(wanted, device):
+    """Whether to compile: as wanted, or, where that is None, on CUDA."""
     if wanted is not False and device.type == "cuda" and not find_spec("triton"):
-        print("warning: torch.compile is off, because Triton is not installed: pip install triton", flush=True)
+        say("warning: torch.compile is off, because Triton is not installed: pip install triton")
         return False
     return device.type == "cuda" if wanted is None else wanted
 
 
-def to_device(tensor, device):
+def to_device(tensors, device):
     """Copy to the device; to CUDA from pinned memory, so that the host runs ahead instead of waiting for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in tensors]

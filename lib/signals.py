@@ -13,29 +13,37 @@ from lib.machine import sum_over_ranks
 
 
 class StopRun(Exception):
-    """Ends the run between two optimizer steps: main saves a checkpoint and says how to go on."""
+    """Ends the run between two steps or batches, on all ranks; `number` is the signal's, on the rank that got it."""
+
+    def __init__(self, number):
+        super().__init__("stopped by a signal")
+        self.number = number
 
 
 @contextlib.contextmanager
 def stop_signals(device):
-    """Yield check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM or SIGINT.
+    """Yield check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM, SIGINT or SIGHUP.
 
     A second signal ends the process at once; one within a second is still the first, since schedulers signal torchrun
-    and its workers, and torchrun passes it on. Workers whose torchrun was killed stop as if signalled.
+    and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so. Workers whose torchrun was
+    killed stop as if signalled.
     """
     caught, parent = [], os.getppid()
 
     def on_signal(number, frame):
-        if caught and time.monotonic() - caught[0] > 1:
+        if caught and time.monotonic() - caught[0][0] > 1:
             os._exit(128 + number)
-        caught.append(time.monotonic())
+        caught.append((time.monotonic(), number))
 
     def check_stop():
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
         if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
-            raise StopRun("stopped by a signal")
+            raise StopRun(caught[0][1] if caught else signal.SIGTERM)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield check_stop
     finally:

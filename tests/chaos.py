@@ -17,17 +17,17 @@ import io
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from support import ROOT, TINY, flags_of, read_log, write_shards
 
-from lib.checkpoint import find_checkpoint, load_checkpoint
+from lib.checkpoint import load_checkpoint, newest_whole_checkpoint
 from train_gpt2 import TrainConfig, main
 
 
@@ -58,10 +58,10 @@ def run_with_kills(config, kills, ranks, rng):
             time.sleep(0.01)
         if process.poll() is None and done < kills:
             saved = {p.name for p in log_dir.glob("*.pt")}
-            tree = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            for pid in (process.pid, *map(int, tree)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            parent = psutil.Process(process.pid)
+            for victim in (parent, *parent.children()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
             process.wait()
             done += 1
             within += any(log_dir.glob("*.tmp"))
@@ -89,7 +89,7 @@ def damage(log_dir, count, rng):
         else:
             broken = content[: rng.randrange(len(content))]
         newest.write_bytes(broken)
-        silent += find_checkpoint(log_dir, rank=0)["step"] != int(expected.stem[6:])
+        silent += newest_whole_checkpoint(log_dir) != expected
     newest.write_bytes(content)
     return silent
 

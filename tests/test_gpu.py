@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from support import ROOT, TINY, flags_of, losses, make_items, run, write_shards
+from support import PROBES, TINY, flags_of, losses, make_items, run, write_shards
 
 from train_gpt2 import TrainConfig
 
@@ -29,13 +29,8 @@ def on_gpu(tmp_path):
 
 def test_compile_stays_on_and_nothing_recompiles_after_step_0(on_gpu, tmp_path):
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(50)))
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import pathlib, hellaswag, train_gpt2\nhellaswag.FOLDER = pathlib.Path({str(tmp_path)!r})\n"
-        "train_gpt2.main(train_gpt2.parse_args())\n"
-    )
-    env = {"TORCH_LOGS": "recompiles", "PYTHONPATH": str(ROOT)}
-    result = run(script, *on_gpu(log_dir=str(tmp_path / "log")), env=env)
+    env = {"TORCH_LOGS": "recompiles", "HELLASWAG_FOLDER": str(tmp_path)}
+    result = run(PROBES / "hellaswag_at.py", *on_gpu(log_dir=str(tmp_path / "log")), env=env)
     assert result.returncode == 0, result.stdout
     assert "compile on" in result.stdout
     before, after = re.split(r"step +0/12 ", result.stdout)
@@ -63,14 +58,8 @@ def test_a_resumed_run_goes_on_with_its_scaler(on_gpu, tmp_path):
 
 def test_124m_trains_on_a_card_of_8_gb(tmp_path):
     write_shards(tmp_path / "data", [20_000, 200_000])
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import torch, train_gpt2\n"
-        "torch.cuda.set_per_process_memory_fraction(8e9 / torch.cuda.get_device_properties(0).total_memory)\n"
-        "train_gpt2.main(train_gpt2.parse_args())\n"
-    )
     flags = ["--total_batch_size=65536", "--max_steps=3", "--val_every=3", "--val_tokens=65536", "--hellaswag_every=0"]
     folders = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log"]
-    result = run(script, *flags, *folders, env={"PYTHONPATH": str(ROOT)})
+    result = run(PROBES / "card_of_8_gb.py", *flags, *folders)
     assert result.returncode == 0 and "64 do not fit in memory" in result.stdout, result.stdout
     assert len(losses(tmp_path / "log", "train")) == 3

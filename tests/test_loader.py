@@ -37,12 +37,12 @@ def read_rows(folder, B, T, world_size, count):
 def test_every_row_of_an_epoch_once_and_in_one_order(lengths, T, B, world_size, epochs):
     with tempfile.TemporaryDirectory() as folder:
         stream = write_shards(Path(folder), [100, *lengths])
-        num_rows = (len(stream) - 1) // T
-        expected = sorted(stream[i * T : i * T + T + 1].tolist() for i in range(num_rows))
-        rows = read_rows(folder, B, T, world_size, epochs * num_rows)
+        num_sequences = (len(stream) - 1) // T
+        expected = sorted(stream[i * T : i * T + T + 1].tolist() for i in range(num_sequences))
+        rows = read_rows(folder, B, T, world_size, epochs * num_sequences)
         for epoch in range(epochs):
-            assert sorted(rows[epoch * num_rows : (epoch + 1) * num_rows]) == expected
-        assert rows == read_rows(folder, 1, T, 1, epochs * num_rows)
+            assert sorted(rows[epoch * num_sequences : (epoch + 1) * num_sequences]) == expected
+        assert rows == read_rows(folder, 1, T, 1, epochs * num_sequences)
 
 
 def test_epochs_differ_in_order_and_seeds_do(tmp_path):
@@ -111,7 +111,9 @@ def test_damaged_shards_are_refused_by_name(tmp_path, damage, message):
     path = tmp_path / "tiny_train_000001.npy"
     damage(path)
     with pytest.raises(InputError, match=message) as error:
-        DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path, vocab_size=512)
+        loader = DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path, vocab_size=512)
+        for _ in range(loader.num_sequences):
+            loader.next_batch()
     assert str(tmp_path) in str(error.value)
 
 

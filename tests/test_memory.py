@@ -4,42 +4,20 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support import ROOT, flags_of, losses, run, write_shards
+from support import PROBES, flags_of, losses, run, write_shards
 
-import train_gpt2
+from lib import memory
 from lib.common import InputError
-from lib.machine import fit_in_memory
+from lib.memory import fit_in_memory
 from train_gpt2 import GPT, GPTConfig, main
-
-LIMITED = """
-import os, re, resource, sys
-sys.path.insert(0, {root!r})
-import train_gpt2
-from lib import machine
-fit_in_memory = machine.fit_in_memory
-
-def limited(*args):  # meanwhile rank 1 has 200 MB more than it has now, and allocations beyond that really fail
-    now = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-    if os.environ["RANK"] == "1":
-        resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20), -1))
-    try:
-        return fit_in_memory(*args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-
-machine.fit_in_memory = limited
-train_gpt2.front_door(train_gpt2.main, train_gpt2.parse_args())
-"""
 
 
 def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
     write_shards(tmp_path / "data", [1500, 40_000])
     shape = dict(sequence_length=64, n_embd=64, total_batch_size=2 * 256 * 64, max_steps=2, val_every=0)
     main(tiny(log_dir=str(tmp_path / "free"), micro_batch_size=32, **shape))
-    script = tmp_path / "limited.py"
-    script.write_text(LIMITED.format(root=str(ROOT)))
     config = tiny(log_dir=str(tmp_path / "limited"), micro_batch_size=256, **shape)
-    result = run(script, *flags_of(config), ranks=2, timeout=100)
+    result = run(PROBES / "limited_memory.py", *flags_of(config), ranks=2, timeout=100)
     assert result.returncode == 0, result.stdout
     assert "256 do not fit in memory" in result.stdout
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
@@ -47,29 +25,29 @@ def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
 
 
 def fail_where(monkeypatch, does_not_fit):
-    """Let CUDA's error come from each forward and backward for which does_not_fit(model, loader)."""
-    accumulate_gradients = train_gpt2.accumulate_gradients
+    """Let CUDA's error come from each rehearsal for which does_not_fit(model, micro-batch size)."""
+    rehearse = memory.rehearse
 
-    def limited(model, loader, *args, **kwargs):
-        if does_not_fit(model, loader):
+    def limited(model, optimizer, B, *args):
+        if does_not_fit(model, B):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return accumulate_gradients(model, loader, *args, **kwargs)
+        rehearse(model, optimizer, B, *args)
 
-    monkeypatch.setattr(train_gpt2, "accumulate_gradients", limited)
+    monkeypatch.setattr(memory, "rehearse", limited)
 
 
 def test_activation_checkpointing_comes_by_itself_where_nothing_else_fits(tiny, tmp_path, monkeypatch, capsys):
     main(tiny(log_dir=str(tmp_path / "free"), max_steps=6))
-    fail_where(monkeypatch, lambda model, loader: not model.activation_checkpointing or loader.B > 1)
+    fail_where(monkeypatch, lambda model, B: not model.activation_checkpointing or B > 1)
     main(tiny(log_dir=str(tmp_path / "limited"), max_steps=6))
-    said = "16 micro-batches of 1 x 32 on each rank, since 2 do not fit in memory, with activation checkpointing"
+    said = "16 micro-batches of 1 x 32 a rank, since 2 do not fit in memory, with activation checkpointing"
     assert said in capsys.readouterr().out
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
     assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 6
 
 
 def test_a_model_for_which_nothing_fits_is_refused(tiny, monkeypatch):
-    fail_where(monkeypatch, lambda model, loader: True)
+    fail_where(monkeypatch, lambda model, B: True)
     with pytest.raises(InputError, match="not even a micro-batch of 1 fits in memory"):
         main(tiny())
 

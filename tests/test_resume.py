@@ -5,15 +5,15 @@ import pickle
 import re
 import signal
 import subprocess
-import sys
 import time
 
+import psutil
 import pytest
 import torch
-from support import ROOT, flags_of, losses, read_log, run, write_shards
+from support import PROBES, command_of, environment, flags_of, losses, read_log, run, write_shards
 
 import train_gpt2
-from lib.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from lib.common import InputError
 from train_gpt2 import main
 
@@ -151,11 +151,7 @@ def test_a_malicious_pickle_executes_nothing(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    class Part:
-        def state_dict(self):
-            return Bomb()
-
-    assert save_checkpoint(tmp_path, 2, {"model": Part()}, {"step": 1})  # as an attacker would, with the right sha256
+    assert save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)  # with the right sha256
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
     for name in ("model_00001.pt", "plain.pt"):
         with pytest.raises(InputError):
@@ -171,7 +167,9 @@ def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
         with pytest.raises(InputError, match=f"cannot resume: {name} was"):
             main(tiny(init_from="resume", **change))
     write_shards(tmp_path / "other", [1500, 5000, 3001, 7004])
-    with pytest.raises(InputError, match="tiny_train_000003.npy was .7003, None. when .* is .7004"):
+    with pytest.raises(
+        InputError, match="tiny_train_000003.npy is not the shard that the run began with .*7003, None.* now .7004"
+    ):
         main(tiny(init_from="resume", data_dir=str(tmp_path / "other")))
     assert read_log(tmp_path / "log") == before
     capsys.readouterr()
@@ -179,12 +177,10 @@ def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
     assert "resuming at step 20, max_steps 20 -> 25, max_lr 0.01 -> 0.001" in capsys.readouterr().out
 
 
-def start(config, ranks=0, restarts=0, script=None):
+def start(config, ranks=0, restarts=0, script="train_gpt2.py"):
     """A run in the background, its output in a pipe."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} --max-restarts={restarts}".split()
-    command = [sys.executable, *(torchrun if ranks else []), str(script or ROOT / "train_gpt2.py"), *flags_of(config)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = command_of(script, *flags_of(config), ranks=ranks, restarts=restarts)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def read_until(process, pattern):
@@ -199,8 +195,7 @@ def read_until(process, pattern):
 
 def ranks_of(process):
     """The process ids of torchrun's workers."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found]
+    return [child.pid for child in psutil.Process(process.pid).children()]
 
 
 def finish(process, timeout=60):
@@ -234,13 +229,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(tiny, tmp_path):
 
 
 def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
-    script = tmp_path / "slow.py"  # a run whose step never ends
-    script.write_text(
-        "import time, train_gpt2\n"
-        "def forever(*args):\n    print('in the step', flush=True)\n    while True: time.sleep(0.1)\n"
-        "train_gpt2.get_lr = forever\ntrain_gpt2.main(train_gpt2.parse_args())\n"
-    )
-    process = start(tiny(), script=script)
+    process = start(tiny(), script=PROBES / "endless_step.py")
     read_until(process, "in the step")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # the same one, passed on by a scheduler
@@ -269,16 +258,7 @@ def test_a_hung_rank_ends_the_job_after_the_timeout(tiny):
 
 def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
     main(tiny(log_dir=str(tmp_path / "whole"), micro_batch_size=4, max_steps=40))
-    script = tmp_path / "dying.py"
-    script.write_text(
-        "import os, signal, train_gpt2\noriginal = train_gpt2.get_lr\n"
-        "def get_lr(step, config):\n"
-        "    if os.environ['RANK'] == '1' and step == 27 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(step, config)\n"
-        "train_gpt2.get_lr = get_lr\ntrain_gpt2.main(train_gpt2.parse_args())\n"
-    )
-    process = start(tiny(max_steps=40, collective_timeout=20), ranks=2, restarts=3, script=script)
+    process = start(tiny(max_steps=40, collective_timeout=20), ranks=2, restarts=3, script=PROBES / "dies_once.py")
     output = finish(process, timeout=120)
     assert process.returncode == 0 and "resuming at step 20" in output, output
     whole, log = (losses(tmp_path / d, "train") for d in ("whole", "log"))
@@ -338,12 +318,26 @@ def test_scattered_non_finite_steps_do_not_stop_the_run(tiny, tmp_path, monkeypa
     assert losses(tmp_path / "log", "val")[20] < 5.5
 
 
-def test_many_non_finite_steps_in_a_row_stop_with_the_last_good_state(tiny, tmp_path, monkeypatch):
-    poison(monkeypatch, set(range(7, 99)))
-    with pytest.raises(InputError, match="not finite in 5 steps in a row up to step 11: try a lower max_lr"):
-        main(tiny())
-    checkpoint = load_checkpoint(tmp_path / "log" / "model_00012.pt")
-    assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+def test_many_non_finite_steps_in_a_row_stop_and_a_resume_begins_before_them(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        poison(patch, set(range(12, 99)))
+        with pytest.raises(InputError, match=r"not finite in 5 steps in a row up to step 16.*from .*model_00010.pt"):
+            main(tiny(checkpoint_every=2))
+    main(tiny(checkpoint_every=2, init_from="resume", max_lr=1e-3))
+    assert "resuming at step 10, max_lr 0.01 -> 0.001" in capsys.readouterr().out
+    assert losses(tmp_path / "log", "val")[20] < 5.5
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_weights_that_an_update_blew_up_are_not_resumed_from(every, tiny, tmp_path, capsys):
+    """A learning rate that ruins the weights in one step: they are finite, their loss is not."""
+    main(tiny(max_steps=4, checkpoint_every=1))
+    flags = dict(checkpoint_every=every, init_from="resume", warmup_steps=0, keep_checkpoints=2)
+    with pytest.raises(InputError, match="from .*model_00004.pt"):
+        main(tiny(**flags, max_lr=1e29))
+    assert (tmp_path / "log" / "model_00005.pt.not_finite").exists() == (every == 1)
+    main(tiny(**flags))
+    assert "resuming at step 4, " in capsys.readouterr().out and losses(tmp_path / "log", "val")[20] < 5.5
 
 
 def test_gradients_that_no_scale_makes_finite_stop_a_float16_run(tiny, monkeypatch):
@@ -376,13 +370,7 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_the_run(tiny, tmp_path, monke
 
 
 def test_a_full_disk_at_the_end_exits_non_zero(tiny, tmp_path):
-    """With a real limit on the size of files, which the log stays under and a checkpoint does not."""
-    script = tmp_path / "limited.py"
-    script.write_text(
-        "import resource, train_gpt2\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "train_gpt2.front_door(train_gpt2.main, train_gpt2.parse_args())\n"
-    )
-    process = start(tiny(), script=script)
+    process = start(tiny(), script=PROBES / "limited_files.py")
     output = finish(process)
     assert process.returncode == 2, output
     assert output.count("COULD NOT BE SAVED") == 2 and "error: the last checkpoint could not be saved" in output
@@ -398,7 +386,8 @@ def test_stale_temporaries_are_cleared_and_old_checkpoints_go_last(tiny, tmp_pat
 
 
 def test_steps_of_six_digits_come_after_those_of_five(tmp_path):
+    empty = {"model": {}, "optimizer": {}, "config": {}, "train_config": {}}
     for step in (9, 99_999, 100_000):
-        assert save_checkpoint(tmp_path, 2, {}, {"step": step})
+        assert save_checkpoint(tmp_path, {**empty, "step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["model_100000.pt", "model_99999.pt"]
-    assert find_checkpoint(tmp_path, 0)["step"] == 100_000
+    assert newest_whole_checkpoint(tmp_path).name == "model_100000.pt"

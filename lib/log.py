@@ -1,0 +1,90 @@
+"""
+log.txt and the console: each metric formatted once, whole records, none lost to a full disk that gets room again.
+"""
+
+import contextlib
+import os
+import re
+from typing import NamedTuple
+
+from lib.common import InputError, atomic_write, say
+
+RECORD = re.compile(rb"(\d+) (train|val|hella) \S+")
+
+
+class Metric(NamedTuple):
+    name: str  # in what main returns
+    label: str  # on the console
+    format: str
+
+
+METRICS = {  # by the kind of record in log.txt
+    "train": Metric("train_loss", "loss", ".6f"),
+    "val": Metric("val_loss", "val loss", ".4f"),
+    "hella": Metric("hella", "HellaSwag", ".4f"),
+}
+
+
+def rates(seconds, tokens, flops_per_token, peak_tflops, steps_left):
+    """The speed of a step of so many tokens as text; with MFU, the share of the peak, where that is known, not 0."""
+    speed, left = tokens / seconds, seconds * steps_left
+    mfu = f" | MFU {speed * flops_per_token / (peak_tflops * 1e12):.1%}" if peak_tflops else ""
+    return f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | {left // 3600:.0f}h{left % 3600 // 60:02.0f}m left"
+
+
+class Log:
+    """Records wait in memory while the disk does not take them. The file stays open: on network disks, opening and
+    closing it at every step would wait for the server each time."""
+
+    def __init__(self, path):
+        self.path, self.file, self.waiting, self.failing = path, None, b"", False
+
+    def record(self, step, kind, value, of="", more=""):
+        """Add a record; print it, with `of` behind the step and `more` behind the value."""
+        text = f"{value:{METRICS[kind].format}}"
+        self.waiting += f"{step} {kind} {text}\n".encode()
+        self.flush()
+        say(f"step {step:5d}{of} | {METRICS[kind].label} {text}{more}")
+
+    def flush(self, sync=False):
+        """Write what waits; returns whether all of it is in the file, which `sync` makes durable."""
+        try:
+            if self.file is None:
+                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            end = self.file.seek(0, os.SEEK_END)
+            try:
+                if self.file.write(self.waiting) < len(self.waiting):
+                    raise OSError("the disk took a part of a record")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.file.truncate(end)
+                raise
+            self.waiting, self.failing = b"", False
+            if sync:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            if not self.failing:
+                say(f"WARNING: {self.path} CANNOT BE WRITTEN, its records wait in memory: {error}")
+            self.failing = True
+        return not self.failing
+
+    def close(self):
+        if self.file and not self.flush():
+            say(f"WARNING: {self.path} lacks its last records, from {self.waiting.split()[0].decode()} on")
+        if self.file:
+            self.file.close()
+
+
+def cut_log(path, step):
+    """Keep the whole records of the steps before `step`: the run writes the others again. Lines that are no records,
+    as a power cut leaves them, are dropped and said."""
+    try:
+        if path.exists():
+            *lines, _torn = path.read_bytes().split(b"\n")
+            records = [match for line in lines if (match := RECORD.fullmatch(line))]
+            if len(records) < len(lines):
+                say(f"warning: {path} has {len(lines) - len(records)} lines that are no records: dropped")
+            with atomic_write(path) as file:
+                file.write(b"".join(record[0] + b"\n" for record in records if int(record[1]) < step))
+    except OSError as error:
+        raise InputError(f"cannot rewrite {path}: {error}. Make room, or mend its permissions, and resume") from None

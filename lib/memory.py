@@ -1,0 +1,66 @@
+"""
+The largest micro-batch that fits in memory, found by a rehearsal before the first step.
+"""
+
+import contextlib
+import gc
+import sys
+
+import torch
+
+from lib.common import InputError
+from lib.machine import sum_over_ranks
+
+
+def rehearse(model, optimizer, B, T, vocab_size, device, autocast):
+    """Allocate what an optimizer step needs at most: two micro-batches of B x T tokens, the second beside the gradients
+    of the first, and room for AdamW's two moments. Neither weights nor random state change."""
+    optimizer.zero_grad()  # of a rehearsal that failed
+    parameters = list(model.parameters())
+    moments = [torch.empty_like(p) for p in 2 * parameters if not optimizer.state]
+    x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
+    with getattr(model, "no_sync", contextlib.nullcontext)():  # ranks need not agree here on what fits
+        for _ in range(2):
+            with autocast():
+                _, loss = model(x, x, return_logits=False)
+            loss.backward()
+    del moments
+    optimizer.zero_grad()
+
+
+def fit_in_memory(attempt, size, total, recompute, device):
+    """Return the first (size, what to say of it) with which attempt(size, recompute) fits on all ranks: the size given,
+    else the largest power of two that divides total; with activation checkpointing if recompute, or, where that is
+    None, if nothing fits without. Raises InputError where nothing fits at all.
+    """
+    sizes = [size] + [2**i for i in reversed(range(size.bit_length())) if 2**i < size and total % 2**i == 0]
+    for checkpointing in [False, True] if recompute is None else [recompute]:
+        for n in sizes:
+            short = 0
+            try:
+                attempt(n, checkpointing)
+            except RuntimeError as error:
+                # torch.OutOfMemoryError is CUDA's; Apple's and the CPU's have no class of their own
+                if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
+                    raise
+                short = 1
+            if sum_over_ranks(torch.tensor(short, device=device)).item() == 0:
+                why = f", since {size} do not fit in memory" if n < size else ""
+                return n, why + (", with activation checkpointing" if checkpointing else "")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # it compiles for a limited number of shapes
+    raise InputError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
+
+
+def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, device):
+    """Return (the micro-batch size to use, what to say of it): B, or less where that does not fit beside the model and
+    its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it."""
+
+    def attempt(size, recompute):
+        gpt.activation_checkpointing = recompute
+        rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast)
+
+    return fit_in_memory(attempt, min(B, sequences), sequences, activation_checkpointing, device)

@@ -1,0 +1,24 @@
+"""Train, with 200 MB for the rehearsal on rank 1 beyond what it has then: larger allocations really fail."""
+
+import os
+import re
+import resource
+from pathlib import Path
+
+import train_gpt2
+
+fit_micro_batch = train_gpt2.fit_micro_batch
+
+
+def limited(*args):
+    now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20), -1))
+    try:
+        return fit_micro_batch(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+
+
+train_gpt2.fit_micro_batch = limited
+train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())
