@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import checkpoint as checkpoints
 from lib import dataset, knobs, machine
+from lib.checkpoint import load_checkpoint
 from lib.common import InputError, get_tokenizer, run_as_command
 from lib.cpu_loss import ChunkedCrossEntropy
 from lib.memory import fit_micro_batch
+from lib.restore import rebuild
 from lib.run import Run
 from lib.shards import build_missing, find_shards, open_shard
 
@@ -248,31 +249,29 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-def model_of(checkpoint):
-    """The GPT of a checkpoint that lib.checkpoint has read, on the CPU."""
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model
-
-
-def initial_model(config, checkpoint=None):
-    """The GPT that a run starts with, on the CPU: from its own checkpoint, from other weights, or from scratch."""
-    if checkpoint:
-        return model_of(checkpoint)
-    c = config
-    if c.init_from not in ("scratch", "resume"):
-        model = load_model(c.init_from)
-        return model
-    return GPT(GPTConfig(c.sequence_length, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-
-
 def load_model(name):
     """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint."""
     if name in OPENAI_MODELS:
         return GPT.from_pretrained(name)
     if not Path(name).is_file():
         raise InputError(f"{name!r} is no checkpoint file and none of {', '.join(OPENAI_MODELS)}")
-    return model_of(checkpoints.load_checkpoint(name))
+    return rebuild(load_checkpoint(name), GPT, GPTConfig)
+
+
+def initial_model(config, checkpoint):
+    """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch, or from other weights."""
+    if checkpoint:
+        return rebuild(checkpoint, GPT, GPTConfig)
+    c, T, V = config, config.sequence_length, config.vocab_size
+    if c.init_from in ("scratch", "resume"):
+        return GPT(GPTConfig(T, V, c.n_layer, c.n_head, c.n_embd))
+    model = load_model(c.init_from)
+    if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
+        raise InputError(
+            f"{c.init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
+            f"sequence_length from {T} and vocab_size from {V} to those"
+        )
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -444,13 +443,13 @@ def train(config, run):
     hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
     checkpoint = run.open_folder()
 
-    # model: one set of weights and two handles. `compiled` is for the fixed shapes of training and validation, `model`
-    # for the changing ones of HellaSwag and sampling, each of which would compile anew
+    # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model` for
+    # the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     model = initial_model(config, checkpoint).to(device)
     compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
-    trained = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if run.world_size > 1 else compiled
+    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if run.world_size > 1 else compiled
 
     # optimizer, and the precision of the matrix products
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
@@ -460,6 +459,7 @@ def train(config, run):
     run.say(
         f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {run.world_size} x {run.device_name}, "
         f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}"
+        + (f"\nMFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)" if run.peak_tflops else "")
     )
 
     # where the run begins, or goes on
@@ -470,7 +470,7 @@ def train(config, run):
     # memory: the micro-batch that fits on every rank, and the step's batch in so many of them
     share = sequences // run.world_size  # sequences of each rank
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
-    B, note = fit_micro_batch(model, trained, optimizer, limit, share, T, recompute, autocast, device)
+    B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
     grad_accum_steps = share // B
     run.say(f"a step of {config.total_batch_size:,} tokens: {grad_accum_steps} micro-batches of {B} x {T} a rank{note}")
     train_loader = DataLoaderLite(B, T, *ranks, "train", config.data_dir, config.vocab_size, config.seed)
@@ -509,7 +509,7 @@ def train(config, run):
         lr = get_lr(step, config)
         with run.timing("training"):
             loss, norm, finite = train_step(
-                trained, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
+                ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
         run.record_step(loss, norm, lr, finite)
     run.finish("python hellaswag.py -m {checkpoint}")

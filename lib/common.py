@@ -53,11 +53,18 @@ def report(error):
 
 
 def run_as_command(run, *args):
-    """Call run(*args) as a program: an InputError becomes its message and exit code 2, without a traceback."""
+    """Call run(*args) as a program: an InputError becomes its message and exit code 2, without a traceback.
+
+    A run that a signal ended exits with 128 + the signal's number, as in a shell; under torchrun with 0, since torchrun
+    would restart it.
+    """
     try:
-        return run(*args)
+        result = run(*args)
     except InputError as error:
         sys.exit(report(error))
+    if isinstance(result, dict) and "signal" in result and "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(128 + result["signal"])
+    return result
 
 
 @contextlib.contextmanager

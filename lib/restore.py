@@ -2,9 +2,34 @@
 From a checkpoint back to a run, or to a message that says what does not fit.
 """
 
+from dataclasses import fields
+
 import torch
 
 from lib.common import InputError
+
+
+def rebuild(checkpoint, model_class, config_class):
+    """The model of a checkpoint, on the CPU. Raises InputError where its weights are not those of its config, or the
+    config is not one of this code."""
+    config, weights = checkpoint["config"], checkpoint["model"]
+    names = sorted(field.name for field in fields(config_class))
+    if sorted(config) != names or not all(isinstance(value, int) and value > 0 for value in config.values()):
+        raise InputError(f"the checkpoint's model has the config {config}: this code needs whole numbers for {names}")
+    found = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
+    expected = {}
+    if config["n_layer"] <= len(weights) and config["n_embd"] % config["n_head"] == 0:
+        with torch.device("meta"):  # shapes alone: a wrong config can ask for any amount of memory
+            expected = {name: tuple(p.shape) for name, p in model_class(config_class(**config)).state_dict().items()}
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"the checkpoint's model does not fit its config {config}: {name} has the shape {found.get(name)}, "
+                f"not {expected.get(name)}"
+            )
+    model = model_class(config_class(**config))
+    model.load_state_dict(weights)
+    return model
 
 
 def load_optimizer(optimizer, state):

@@ -214,7 +214,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_all_ranks(to, tiny, tmp_path
     begin = time.monotonic()
     output = finish(process)
     assert time.monotonic() - begin < 20
-    saved = int(re.search(r"saved .*/model_(\d+).pt\nstopped by a signal. To go on, .*--init_from resume", output)[1])
+    saved = int(re.search(r"saved .*/model_(\d+).pt\nstopped by a signal. To resume, .*--init_from resume", output)[1])
     assert saved >= 34 and load_checkpoint(tmp_path / "log" / f"model_{saved:05d}.pt")["step"] == saved
     assert read_log(tmp_path / "log").splitlines()[-1].startswith(f"{saved - 1} train")
 

@@ -1,0 +1,58 @@
+"""
+The log_dir of a run, which rank 0 holds: its lock, log.txt and checkpoints.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from lib import checkpoint as checkpoints
+from lib.common import InputError, lock_folder
+from lib.log import Log, cut_log
+
+
+class RunFolder:
+    """saved: the path of the last checkpoint, False where it could not be written, None where none was due yet."""
+
+    def __init__(self, path, keep_checkpoints):
+        self.path, self.keep_checkpoints, self.saved = Path(path), keep_checkpoints, None
+        self.stack, self.log = contextlib.ExitStack(), None
+
+    def refuse_other_run(self):
+        files = list(self.path.iterdir()) if self.path.is_dir() else []
+        if any(path.name == "log.txt" or checkpoints.NAME.fullmatch(path.name) for path in files):
+            raise InputError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
+
+    def open(self, resume, restarted):
+        """Lock the folder; return the path of its newest whole checkpoint, None where there is none.
+
+        Raises InputError where it holds a run and this is neither to resume it nor a restart by the torchrun that began
+        it, whose id stands in the lock.
+        """
+        launch = f", torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        before = self.stack.enter_context(lock_folder(self.path, launch))
+        if not resume and not (restarted and before.endswith(launch)):
+            self.refuse_other_run()
+        self.log = self.stack.enter_context(contextlib.closing(Log(self.path / "log.txt")))
+        return checkpoints.newest_whole_checkpoint(self.path)
+
+    def close(self):
+        self.stack.close()
+
+    def cut_log(self, step):
+        cut_log(self.path / "log.txt", step)
+
+    def save(self, contents):
+        """Save a checkpoint; the log is never behind it."""
+        # while updates are skipped, the older ones stay: these weights may be what is wrong
+        prune = not contents["nonfinite"]
+        flushed = self.log.flush(sync=True)
+        saved = flushed and checkpoints.save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
+        self.saved = saved and self.path / f"model_{contents['step']:05d}.pt"
+
+    def check_saved(self):
+        """Raise InputError where what the run became is not all on the disk."""
+        if self.log and (self.saved is False or not self.log.flush(sync=True)):
+            raise InputError(
+                f"the last checkpoint could not be saved, or not all of log.txt: make room in {self.path}/ and resume"
+            )
