@@ -42,13 +42,13 @@ from lib.shards import build_missing, find_shards, open_shard
 class TrainConfig:
     # where things are
     data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
-    data_source: str = ""  # what fineweb.py builds a missing data_dir from; "" = nothing, missing data are an error
-    log_dir: str = "log"  # log.txt and checkpoints
+    data_source: str = ""  # what fineweb.py builds a missing data_dir from; "": nothing, missing data are an error
+    log_dir: str = "log"  # folder for log.txt and checkpoints
     init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint's path
     # model: GPT-2 124M
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads of a block, n_embd / n_head channels each
+    n_embd: int = 768  # channels of the residual stream
     vocab_size: int = 50304  # GPT-2 has 50257 tokens; a multiple of 128 is faster, and the rows above are never used
     sequence_length: int = 1024  # tokens
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
@@ -56,17 +56,17 @@ class TrainConfig:
     micro_batch_size: int = 64  # sequences a forward pass on one rank, at most; fewer where memory is short
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 715  # steps of linear warm-up: 375M tokens
-    max_lr: float = 6e-4
+    max_lr: float = 6e-4  # learning rate after the warm-up
     min_lr_ratio: float = 0.1  # the cosine ends at this share of max_lr
     weight_decay: float = 0.1  # on matrices and embeddings only
-    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
-    # evaluation and output, every so many steps; 0 switches the thing off
-    val_every: int = 250
+    grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0: no clipping
+    # evaluation and output
+    val_every: int = 250  # steps from one validation loss to the next; 0: none
     val_tokens: int = 10485760  # tokens a validation, over all ranks
-    hellaswag_every: int = 250
-    sample_every: int = 250
-    sample_prompt: str = "Hello, I'm a language model,"
-    checkpoint_every: int = 1000
+    hellaswag_every: int = 250  # steps; 0: none
+    sample_every: int = 250  # steps; 0: none
+    sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
+    checkpoint_every: int = 1000  # steps; 0: none
     keep_checkpoints: int = 3  # so many of the newest stay on disk
     # machine
     seed: int = 1337  # of the initial weights, the data order and the samples
@@ -443,8 +443,8 @@ def train(config, run):
     hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
     checkpoint = run.open_folder()
 
-    # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model` for
-    # the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
+    # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model`
+    # for the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     model = initial_model(config, checkpoint).to(device)

@@ -134,7 +134,7 @@ class Run:
         self.record("train", loss, f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}")
 
     def diverged(self):
-        """End the run, with the checkpoints of the skipped steps set aside, so that a resumed run begins before them."""
+        """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""
         first = self.step - self.nonfinite
         before = checkpoints.set_aside(self.folder.path, first) if self.rank == 0 else None
         raise InputError(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import hellaswag
 from lib.machine import name_and_peak
-from tools.ladder import CUDA_ONLY, LADDER, Trainer, climb, measure
+from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 
@@ -91,7 +91,7 @@ def main():
         rows = (torch.rand(shape, generator=generator, device=device) ** 8 * 50257).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    figures["ladder"] = climb(device, config, draw, tokens, args.steps, names, peak)
+    figures["ladder"] = measure_ladder(device, config, draw, tokens, args.steps, names, peak)
     pair = [Trainer(device, config, on, vocab_size=50304) for on in (names[:1], names)]
     (plain, ours), difference = measure(pair, draw, 5 * args.steps)
     figures["all_rows"] = {"plain_ms": plain * 1e3, "ours_ms": ours * 1e3, "ratio": plain / ours}

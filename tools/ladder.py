@@ -74,7 +74,7 @@ def measure(trainers, draw, steps):
     return [statistics.median(column) for column in zip(*seconds[warmup:], strict=True)], difference
 
 
-def climb(device, config, draw, tokens, steps, names, peak):
+def measure_ladder(device, config, draw, tokens, steps, names, peak):
     rows, above = [], None
     for i, name in enumerate(names):
         gc.collect()
