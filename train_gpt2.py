@@ -29,10 +29,12 @@ from lib import dataset, knobs, machine
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError, get_tokenizer, run_as_command
 from lib.cpu_loss import ChunkedCrossEntropy
+from lib.dataset import TokenStream
 from lib.memory import fit_micro_batch
 from lib.restore import rebuild
 from lib.run import Run
-from lib.shards import build_missing, find_shards, open_shard
+from lib.shards import build_missing
+from lib.shuffle import shuffle
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -282,20 +284,17 @@ class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
     The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
-    of the train split visits every sequence once, in a permutation seeded by (seed, epoch); the val split goes in
-    order. A batch takes the next num_processes * B of them, B on each rank, so that they follow each other in one order
-    whatever the two are.
+    of the train split visits every sequence once, shuffled by (seed, epoch); the val split goes in order. A batch is
+    the next num_processes * B of them, B on each rank, so that the order is one whatever those two are.
     """
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0):
         self.B, self.T, self.process_rank, self.num_processes = B, T, process_rank, num_processes
-        self.split, self.vocab_size, self.seed = split, vocab_size, seed
-        self.paths = find_shards(data_root, split)
-        self.shards = [open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])  # where each one ends in the stream
-        self.num_sequences = int(self.ends[-1] - 1) // T
+        self.split, self.seed = split, seed
+        self.tokens = TokenStream(data_root, split, vocab_size)
+        self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise InputError(f"{data_root}/ has {self.ends[-1]} {split} tokens, too few for {T} + 1: build more")
+            raise InputError(f"{data_root}/ has {len(self.tokens)} {split} tokens, too few for {T} + 1: build more")
         self.reset()
 
     def reset(self):
@@ -303,36 +302,18 @@ class DataLoaderLite:
 
     def seek(self, position):
         """Continue after `position` sequences, counted over all ranks and epochs."""
-        self.position, self.epoch = position, None
-
-    def sequence(self, number):
-        """Sequence `number` of the run with the token after it: T+1 ids, uint16."""
-        epoch, index = divmod(number, self.num_sequences)
-        if self.split == "train":
-            if epoch != self.epoch:  # RandomState rather than default_rng: NumPy promises that its streams never change
-                self.epoch, self.order = (
-                    epoch,
-                    np.random.RandomState([self.seed, epoch]).permutation(self.num_sequences),
-                )
-            index = int(self.order[index])
-        start = index * self.T
-        first, last = np.searchsorted(self.ends, (start, start + self.T), side="right")
-        offset = start - (self.ends[first] - len(self.shards[first]))
-        pieces = self.shards[first : last + 1]  # one, or several where it crosses from shard to shard
-        tokens = (pieces[0] if first == last else np.concatenate(pieces))[offset : offset + self.T + 1]
-        if tokens.max() >= self.vocab_size:  # on CUDA it would end the process without a word
-            raise InputError(
-                f"{self.paths[first]} has token id {tokens.max()} at offset {offset + tokens.argmax()}, not below "
-                f"vocab_size {self.vocab_size}: it is damaged or made with another tokenizer, build it again"
-            )
-        return tokens
+        self.position = position
 
     def next_batch(self):
         """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""
-        first = self.position + self.process_rank * self.B
-        tokens = torch.from_numpy(np.stack([self.sequence(first + i) for i in range(self.B)]).astype(np.int64))
+        numbers = np.arange(self.B) + self.position + self.process_rank * self.B
+        epochs, numbers = np.divmod(numbers, self.num_sequences)
+        if self.split == "train":
+            numbers = shuffle(numbers, self.num_sequences, self.seed, epochs)
+        tokens = np.stack([self.tokens.read(start, start + self.T + 1) for start in (numbers * self.T).tolist()])
+        tokens = torch.from_numpy(tokens.astype(np.int64))  # (B, T + 1)
         self.position += self.B * self.num_processes
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support import write_shards
 
 from lib.common import InputError
+from lib.shuffle import shuffle
 from train_gpt2 import DataLoaderLite
 
 
@@ -89,7 +90,7 @@ def test_files_with_other_names_are_no_shards(tmp_path):
     write_shards(tmp_path, [100, 700])
     for name in ("tiny_train_1.npy", "tiny_train_000002.npy.tmp", "train_x.npy", "tiny_train_000003.npz"):
         (tmp_path / name).write_bytes(b"no shard")
-    assert len(DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path).shards) == 1
+    assert len(DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path).tokens.shards) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,3 +127,50 @@ def test_damaged_bin_shards_are_refused(tmp_path, kwargs):
     path.write_bytes(b"short")
     with pytest.raises(InputError, match=str(path)):
         DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path)
+
+
+ORDER_OF_20 = [3, 17, 19, 16, 15, 1, 13, 10, 2, 18, 0, 11, 14, 9, 7, 5, 6, 12, 8, 4]
+ORDER_OF_10_BILLION = [3008452373, 3540753649, 675504089]
+
+
+def order(n, seed=0, epoch=0):
+    return shuffle(np.arange(n), n, seed, np.full(n, epoch))
+
+
+def test_the_order_is_a_permutation_of_every_length():
+    for n in [*range(1, 1500), 4096, 4097, 65_536, 65_537, 99_991]:
+        assert np.array_equal(np.sort(order(n)), np.arange(n)), n
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 10**12), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6), at=st.data())
+def test_the_order_of_any_amount_of_data_repeats_nothing(n, seed, epoch, at):
+    start = at.draw(st.integers(0, max(0, n - 1000)))
+    index = np.arange(start, min(n, start + 1000))
+    found = shuffle(index, n, seed, np.full(len(index), epoch))
+    assert found.min() >= 0 and found.max() < n and len(np.unique(found)) == len(index)
+    one_by_one = [shuffle(index[i : i + 1], n, seed, np.array([epoch]))[0] for i in range(0, len(index), 97)]
+    assert one_by_one == found[::97].tolist()
+
+
+def test_the_order_is_the_same_everywhere():
+    """On every platform and version of numpy: computed once, and with Python's own integers."""
+    assert order(20, seed=1337, epoch=3).tolist() == ORDER_OF_20
+    assert shuffle(np.array([0, 1, 10**10]), 10**10 + 1, 7, np.array([0, 0, 5])).tolist() == ORDER_OF_10_BILLION
+
+
+def test_the_order_is_as_random_as_numpys():
+    """Serial correlation, the distribution of gaps, and how evenly batches take from shards, against a permutation."""
+    n, batch, shards = 100_000, 500, 100
+    for seed in range(5):
+        ours, theirs = order(n, seed), np.random.RandomState(seed).permutation(n)
+        for lag in (1, 2, 64):
+            limit = 4 / n**0.5  # four standard deviations
+            assert abs(np.corrcoef(ours[:-lag], ours[lag:])[0, 1]) < limit
+        gaps = [np.histogram(np.abs(np.diff(x)), bins=50, range=(0, n))[0] for x in (ours, theirs)]
+        chi2 = ((gaps[0] - gaps[1]) ** 2 / (gaps[0] + gaps[1])).sum()
+        assert chi2 < 50 + 5 * 100**0.5
+        counts = np.stack([np.bincount(b * shards // n, minlength=shards) for b in ours.reshape(-1, batch)])
+        expected = batch / shards * (1 - 1 / shards) * (1 - (batch - 1) / (n - 1))  # variance without replacement
+        assert counts.var() == pytest.approx(expected, rel=0.05)
+    assert (order(n, 0) == order(n, 1)).mean() < 1e-3 and (order(n, 0, 0) == order(n, 0, 1)).mean() < 1e-3
