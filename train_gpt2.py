@@ -398,13 +398,13 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # a NaN would stay in AdamW's moments for good. All ranks see the same sums, so all decide the same; float16's
-    # gradients overflow now and then by design, and its scaler skips those updates itself
+    # a NaN would stay in AdamW's moments for good; float16's gradients overflow now and then by design, and its scaler
+    # skips those updates itself. All ranks see the same sums, so all decide the same
     finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
     if finite or scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's lie in its buckets
     return loss, norm, finite
 
 
@@ -430,7 +430,9 @@ def train(config, run):
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     model = initial_model(config, checkpoint).to(device)
     compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
-    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if run.world_size > 1 else compiled
+    ddp, megabytes = compiled, 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
+    if run.world_size > 1:  # about 20 buckets to sum while the backward runs; torch.compile cuts the model at each
+        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
     # optimizer, and the precision of the matrix products
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)

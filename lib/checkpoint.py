@@ -100,8 +100,11 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
     return True
 
 
-def load_checkpoint(path):
-    """Read a checkpoint onto the CPU, as a dict with at least KINDS. Raises InputError where it is damaged or none."""
+def load_checkpoint(path, mmap=False):
+    """Read a checkpoint onto the CPU, as a dict with at least KINDS; with mmap, a machine's ranks share its memory.
+
+    Raises InputError where it is damaged or none.
+    """
     try:
         with open(path, "rb") as file:
             size, digest = max(0, file.seek(0, os.SEEK_END) - 66), hashlib.sha256()
@@ -111,8 +114,8 @@ def load_checkpoint(path):
             digest.update(bytes(2))  # the comment length that torch wrote
             if file.read() != COMMENT_LENGTH + digest.hexdigest().encode():
                 raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
-            file.seek(0)
-            contents = torch.load(file, map_location="cpu", weights_only=True)  # other pickles could run anything
+        # weights_only, since other pickles could run anything
+        contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"cannot load {path}: {error}") from None
     for name, kind in KINDS.items():

@@ -4,6 +4,7 @@ The machine: the ranks of torchrun (alone, without it, there is one), the device
 
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from datetime import timedelta
@@ -14,8 +15,12 @@ import torch.distributed as dist
 
 from lib.common import InputError, say
 
-# dense 16-bit matrix products by datasheet, TFLOP/s
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125}
+# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, by a word or words of the device's name
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125,
+    "RTX A6000": 155, "RTX 6000 Ada": 364, "RTX 4090": 165, "RTX 3090 Ti": 80, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -26,8 +31,9 @@ def distributed(device, timeout):
     half an hour, since building data and compiling take their time.
     """
     rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto":  # gloo, which connects ranks without CUDA, cannot sum on an Apple GPU
+        device = "mps" if torch.backends.mps.is_available() and not world_size else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
     device = torch.device(device, local_rank if device == "cuda" else None)
@@ -82,7 +88,13 @@ def from_rank_0(value):
 def name_and_peak(device):
     """The device's name, and its PEAK_TFLOPS where that is known, else None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return name, next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return name, peak_tflops(name)
+
+
+def peak_tflops(name):
+    if re.search(r"\b(Laptop|MIG|Max-Q|4090 D)\b", name):  # a part of the chip, or slower than the card of its name
+        return None
+    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 class Stopwatch(Counter):

@@ -7,6 +7,7 @@ import gc
 import sys
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from lib.common import InputError
 from lib.machine import sum_over_ranks
@@ -15,7 +16,6 @@ from lib.machine import sum_over_ranks
 def rehearse(model, optimizer, B, T, vocab_size, device, autocast):
     """Allocate what an optimizer step needs at most: two micro-batches of B x T tokens, the second beside the gradients
     of the first, and room for AdamW's two moments. Neither weights nor random state change."""
-    optimizer.zero_grad()  # of a rehearsal that failed
     parameters = list(model.parameters())
     moments = [torch.empty_like(p) for p in 2 * parameters if not optimizer.state]
     x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
@@ -25,7 +25,16 @@ def rehearse(model, optimizer, B, T, vocab_size, device, autocast):
                 _, loss = model(x, x, return_logits=False)
             loss.backward()
     del moments
-    optimizer.zero_grad()
+
+
+def gradients_into_buckets(ddp, device):
+    """Make every .grad a view of DDP's buckets: two synchronized backwards of one token, not compiled, the second after
+    DDP has ordered its buckets by the first. Gradients that come before would lie beside the buckets, a second copy."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for _ in range(2):
+        ddp.zero_grad()
+        with torch.compiler.set_stance("force_eager"):
+            ddp(token, token, return_logits=False)[1].backward()
 
 
 def fit_in_memory(attempt, size, total, recompute, device):
@@ -59,8 +68,15 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
     """Return (the micro-batch size to use, what to say of it): B, or less where that does not fit beside the model and
     its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it."""
 
+    is_ddp = isinstance(model, DistributedDataParallel)
+    if is_ddp:
+        gradients_into_buckets(model, device)
+
     def attempt(size, recompute):
         gpt.activation_checkpointing = recompute
-        rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast)
+        try:
+            rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast)
+        finally:
+            optimizer.zero_grad(set_to_none=not is_ddp)
 
     return fit_in_memory(attempt, min(B, sequences), sequences, activation_checkpointing, device)

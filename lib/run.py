@@ -61,7 +61,7 @@ class Run:
         """Hold log_dir for this run; return the newest checkpoint in it, None where there is none to resume from."""
         path = self.folder.open(self.resume, self.restarted) if self.rank == 0 else None
         path = machine.from_rank_0(path)
-        return checkpoints.load_checkpoint(path) if path else None
+        return checkpoints.load_checkpoint(path, mmap=self.device.type == "cuda") if path else None
 
     def begin(self, checkpoint, stateful, settings):
         """Continue from the checkpoint; without one, begin at step 0.
@@ -93,12 +93,7 @@ class Run:
     def steps(self, max_steps, tokens, flops_per_token):
         """Count the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too. `tokens` of
         a step and `flops_per_token` are for its speed on the console."""
-        first, self.max_steps, self.tokens_per_step, self.flops_per_token = (
-            self.step,
-            max_steps,
-            tokens,
-            flops_per_token,
-        )
+        first, self.max_steps, self.cost = self.step, max_steps, (tokens, flops_per_token)
         for step in range(first, max_steps + 1):
             self.step = step
             self.check_stop()

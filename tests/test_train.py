@@ -66,6 +66,11 @@ def test_gradients_are_equal_on_both_ranks_and_synchronized_once_a_step(tiny, tm
     assert result.stdout.count("group left True, steps checked 20") == 2
 
 
+def test_the_gradients_lie_in_the_buckets_of_ddp_and_nowhere_else(tiny):
+    result = run(PROBES / "gradient_storage.py", *flags_of(tiny(max_steps=3)), ranks=2)
+    assert result.returncode == 0 and result.stdout.count("outside 0 bytes, kept 28 of 28") == 6, result.stdout
+
+
 def test_validation_is_the_same_for_every_batch_and_number_of_ranks(tiny, tmp_path):
     main(tiny(max_steps=0))
     model = train_gpt2.GPT(train_gpt2.GPTConfig(32, 512, 2, 2, 32))
