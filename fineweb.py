@@ -120,11 +120,12 @@ def pack_shards(out, manifest, progress, paths, pool, workers, bar):
     the counts in the manifest are those up to that document.
     """
     shards, skip = manifest["shards"], progress["skip"]
+    start = {**manifest, "progress": progress}
     buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
 
     def add_shard(tokens, **progress):
         if not shards:
-            write_manifest(out, manifest)  # comes first: a folder with shards but no manifest is someone else's
+            write_manifest(out, start)  # comes first: a folder with shards but no manifest is someone else's
         path = out / f"{shard_name(manifest['source'])}_{'train' if shards else 'val'}_{len(shards):06d}.npy"
         with atomic_write(path) as file:
             np.save(file, tokens)

@@ -128,6 +128,22 @@ def test_twenty_kills_at_any_instant_change_no_byte(build, hub, environment, tmp
         folder += 1  # it got through: the kills that are left go to another build
 
 
+def test_a_kill_before_any_rename_changes_no_byte(tmp_path):
+    """Before a file gets its final name is every instant there is: nothing else changes what a restart finds."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts_of(0)]
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    flags = ["--source", tmp_path / "texts.jsonl", "--shard_size", 30_000, "--workers", 1, "--out"]
+    assert run("fineweb.py", *flags, tmp_path / "undisturbed").returncode == 0
+    expected = content(tmp_path / "undisturbed")
+    for number in range(1, 100):
+        out = tmp_path / f"out{number}"
+        if run("tests/probes/kill_at_rename.py", number, *flags, out).returncode == 0:
+            break  # fewer renames than that
+        assert run("fineweb.py", *flags, out).returncode == 0
+        assert content(out) == expected, number
+    assert number == 9  # the first manifest, three shards with one manifest each, the complete manifest: 8 renames
+
+
 def test_no_worker_outlives_a_killed_parent(build, hub, environment, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "fineweb.py"), "--source", DATASET, "--out", str(tmp_path / "out"),
