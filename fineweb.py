@@ -104,7 +104,7 @@ def tokenize_in_parallel(chunks, pool, workers):
 # Tokens to shards
 
 
-def show(bar, tokens, manifest, where):
+def update_bar(bar, tokens, manifest, where):
     """Count tokens on the bar; where there is no terminal for it, print it as a line every 30 seconds."""
     bar.set_postfix_str(f"{manifest['documents']:,} documents, {where}, shard {len(manifest['shards']):06d}", False)
     bar.update(tokens)
@@ -134,7 +134,7 @@ def pack_shards(out, manifest, progress, paths, pool, workers, bar):
 
     todo = chunks(paths(progress["file"]), manifest.get("text_column"), progress["row"])
     for (file, row), tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
-        show(bar, len(tokens) - skip, manifest, manifest["files"][file]["file"])
+        update_bar(bar, len(tokens) - skip, manifest, manifest["files"][file]["file"])
         while skip < len(tokens):
             taken = min(len(tokens) - skip, len(buffer) - filled)
             buffer[filled : filled + taken] = tokens[skip : skip + taken]
@@ -165,14 +165,14 @@ def place_shards(out, manifest, progress, paths, bar):
         manifest["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
         os.replace(path, out / path.name)
         write_manifest(out, manifest, progress={"file": index + 1, "row": 0, "skip": 0})
-        show(bar, len(tokens), manifest, path.name)
+        update_bar(bar, len(tokens), manifest, path.name)
 
 
 def shard_name(source):
     return "edufineweb" if source == FINEWEB_EDU else re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-")
 
 
-def go_on(out, wanted, manifest, open_source, pool, workers, keep):
+def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
     """Make the shards that the manifest (None at first) does not list yet; returns the complete manifest."""
     from tqdm import tqdm
 
@@ -223,7 +223,7 @@ def build(
                     manifest = find_manifest(out, wanted)
                 if manifest and manifest["complete"]:
                     return manifest
-                return go_on(out, wanted, manifest, open_source, pool, workers, keep)
+                return build_shards(out, wanted, manifest, open_source, pool, workers, keep)
     except BrokenProcessPool:
         raise InputError("a worker died, most likely for want of memory: start again with fewer --workers") from None
     except OSError as error:  # a full disk, for one

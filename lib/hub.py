@@ -24,7 +24,7 @@ TRIES = 5
 RETRY_DELAY = float(os.environ.get("HUB_RETRY_DELAY", 2))  # seconds before the second try; doubles with each one
 
 
-def patiently(what, attempt):
+def with_retries(what, attempt):
     """Return attempt(), tried again, with growing delays, while that can help. Raises InputError where it cannot."""
     for tries in range(1, TRIES + 1):
         try:
@@ -50,7 +50,7 @@ def patiently(what, attempt):
             time.sleep(RETRY_DELAY * 2 ** (tries - 1))
 
 
-def choose(paths, name=None, split="train"):
+def choose_files(paths, name=None, split="train"):
     """Those of a data set's files that make up the split of the configuration `name`, in order.
 
     They are the .parquet files below a folder called `name`, or with its first "-" as a "/", as FineWeb has it:
@@ -78,11 +78,11 @@ def list_files(dataset, revision=None, name=None, split="train"):
     from huggingface_hub.hf_api import HfApi, RepoFile
 
     api = HfApi()
-    commit = patiently(dataset, lambda: api.dataset_info(dataset, revision=revision).sha)
+    commit = with_retries(dataset, lambda: api.dataset_info(dataset, revision=revision).sha)
     where = {"repo_id": dataset, "repo_type": "dataset", "revision": commit}
-    tree = patiently(dataset, lambda: list(api.list_repo_tree(**where, recursive=True)))
+    tree = with_retries(dataset, lambda: list(api.list_repo_tree(**where, recursive=True)))
     files = {item.path: item for item in tree if isinstance(item, RepoFile)}
-    chosen = [files[path] for path in choose(files, name, split)]
+    chosen = [files[path] for path in choose_files(files, name, split)]
     if not chosen:
         folders = sorted({str(Path(path).parent) for path in files if path.endswith(".parquet")})
         raise InputError(
@@ -119,7 +119,7 @@ def fetch(dataset, commit, file, folder):
             raise
         return path
 
-    return patiently(f"{dataset}/{file['file']}", attempt)
+    return with_retries(f"{dataset}/{file['file']}", attempt)
 
 
 def fetch_in_turn(dataset, commit, files, folder, first=0, keep=False):

@@ -16,7 +16,7 @@ from fake_hub import COMMIT, DATASET, serving
 from support import ROOT, run
 
 from lib.common import InputError
-from lib.hub import choose
+from lib.hub import choose_files
 from lib.shards import find_shards, read_manifest
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
@@ -261,11 +261,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path, row_group_size):
 
 def test_files_are_chosen_by_name_and_split():
     fineweb = ["sample/10BT/000_00000.parquet", "sample/100BT/000_00000.parquet", "data/CC-MAIN-2024-10/0.parquet"]
-    assert choose(fineweb, "sample-10BT") == fineweb[:1]
-    assert choose(fineweb, "CC-MAIN-2024-10") == fineweb[2:]
+    assert choose_files(fineweb, "sample-10BT") == fineweb[:1]
+    assert choose_files(fineweb, "CC-MAIN-2024-10") == fineweb[2:]
     converted = ["en/train/0000.parquet", "en/test/0000.parquet", "de/train/0000.parquet"]
-    assert choose(converted, "en") == converted[:1] and choose(converted, "en", "test") == converted[1:2]
-    assert choose(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin"]) == [
+    assert choose_files(converted, "en") == converted[:1] and choose_files(converted, "en", "test") == converted[1:2]
+    assert choose_files(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin"]) == [
         "b_val_000000.bin", "b_train_000001.bin", "a_train_000002.bin",
     ]  # fmt: skip
 
