@@ -32,7 +32,8 @@ import numpy as np
 
 from lib.common import EOT, InputError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command
 from lib.hub import FINEWEB_EDU
-from lib.shards import DOWNLOADS, check_disk, find_manifest, open_shard, read_manifest, removed_if_empty, write_manifest
+from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manifest, removed_if_empty, write_manifest
+from lib.shards import open_shard, read_manifest
 from lib.sources import documents_of, find_source
 
 # -----------------------------------------------------------------------------
@@ -177,17 +178,18 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
     from tqdm import tqdm
 
     commit, files, paths = open_source(out / DOWNLOADS, manifest and manifest["revision"], keep)
+    estimate, ready_made = estimate_tokens(files), files[0]["file"].endswith(".bin")
     if not manifest:
         manifest = {**wanted, "revision": commit or wanted["revision"], "files": files}
-        manifest["ready_made"] = files[0]["file"].endswith(".bin")
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
     progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
-    estimate, done = check_disk(out, manifest, keep), sum(shard["tokens"] for shard in manifest["shards"])
+    check_disk(out, manifest, estimate, keep)
+    done = sum(shard["tokens"] for shard in manifest["shards"])
     with contextlib.ExitStack() as stack:
         screen = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
         bar = tqdm(total=estimate or None, initial=done, file=screen, unit=" tokens", unit_scale=True, mininterval=0.5)
         stack.enter_context(bar)
-        if manifest["ready_made"]:
+        if ready_made:
             place_shards(out, manifest, progress, paths, bar)
         else:
             pack_shards(out, manifest, progress, paths, pool, workers, bar)

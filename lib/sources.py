@@ -110,7 +110,8 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
         raise InputError(f"--name and --revision are for data sets on the hub, {source} is none: leave them out")
     if source == "demo":
         about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
-        return about, lambda folder, commit, keep: (None, [{"file": "demo"}], lambda first: [(0, None)])
+        files = [{"file": "demo", "tokens": 1_000_000}]
+        return about, lambda folder, commit, keep: (None, files, lambda first: [(0, None)][first:])
     if path.exists():
         paths = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
         if not paths or paths[0].suffix not in TEXT_SUFFIXES:

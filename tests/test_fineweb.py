@@ -1,5 +1,8 @@
 import hashlib
+import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import pytest
 from support import ROOT, run
 
 import fineweb
+from lib.shards import find_shards
 
 TEXTS = [
     "Hello world.", "", "A second document,\nwith two lines. " * 40, "naïve café 東京 🚀",
@@ -17,10 +21,20 @@ TEXTS = [
 ] * 30  # fmt: skip
 
 
+def json_lines(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def parquet_of(**columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
 @pytest.fixture
 def parquet(tmp_path):
     path = tmp_path / "texts.parquet"
-    pq.write_table(pa.table({"id": list(range(len(TEXTS))), "text": TEXTS}), path)
+    path.write_bytes(parquet_of(id=list(range(len(TEXTS))), text=TEXTS))
     return path
 
 
@@ -96,42 +110,111 @@ def test_a_finished_folder_is_left_alone_and_an_unfinished_one_is_redone(tmp_pat
     before = read_shards(out)
     fineweb.build(str(parquet), out, 1000, 1)
     assert "already complete" in capsys.readouterr().out
+    start = {"complete": False, "shards": [], "progress": dict(file=0, row=0, skip=0)}
     manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "shards": []}))
+    (out / "manifest.json").write_text(json.dumps({**manifest, **start}))
     (out / "texts_train_000002.npy").write_bytes(b"")
     fineweb.build(str(parquet), out, 1000, 1)
     assert read_shards(out) == before
 
 
-def test_refusals(tmp_path, parquet):
-    out = tmp_path / "out"
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    (tmp_path / "no_text.jsonl").write_text('{"body": "fine"}\n')
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
-    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
-    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "columns.parquet")
-    for source, message in {
-        "missing.txt": "no file or folder", "empty": "holds no file", "empty.txt": "leaves none for training",
-        "bad.jsonl": "bad.jsonl, line 2", "no_text.jsonl": "line 1", "latin.txt": "not UTF-8 at byte 3",
-        "latin.jsonl": "latin.jsonl, line 2",
-        "broken.parquet": "cannot read", "columns.parquet": r"\['body'\]",
-    }.items():  # fmt: skip
-        with pytest.raises(fineweb.InputError, match=message):
-            fineweb.build(str(tmp_path / source), out, 1000, 1)
-        assert not out.exists(), source
-    with pytest.raises(fineweb.InputError, match="--shard_size"):
-        fineweb.build(str(parquet), out, 100_000_000, 1)
+REFUSED = {  # a source, what is in it, what is said
+    "missing.txt": (None, "no file or folder"),
+    "folder.d": (None, "no file or folder"),
+    "table.csv": (b"text", "holds no file that ends in"),
+    "empty.txt": (b"", "leaves none for training"),
+    "bad.jsonl": (b'{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2"),
+    "no_text.jsonl": (b'{"body": "fine"}\n', "line 1"),
+    "latin.txt": (b"caf\xe9", "not UTF-8 at byte 3"),
+    "latin.jsonl": (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "latin.jsonl, line 2"),
+    "broken.parquet": (b"no parquet", "cannot read"),
+    "columns.parquet": (parquet_of(body=["a"]), "['body']"),
+}
 
-    fineweb.build(str(parquet), out, 1000, 1)
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_source_that_cannot_be_read_is_refused_and_leaves_no_folder(name, tmp_path):
+    content, message = REFUSED[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(fineweb.InputError, match=re.escape(message)):
+        fineweb.build(str(tmp_path / name), tmp_path / "out", 1000, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_size_that_leaves_no_train_shard_is_refused(tmp_path, parquet):
+    with pytest.raises(fineweb.InputError, match="--shard_size"):
+        fineweb.build(str(parquet), tmp_path / "out", 100_000_000, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shards_of_another_source_are_refused(tmp_path, parquet):
+    fineweb.build(str(parquet), tmp_path / "out", 1000, 1)
     (tmp_path / "other.txt").write_text("other text " * 3000)
-    with pytest.raises(fineweb.InputError, match="already holds shards"):
-        fineweb.build(str(tmp_path / "other.txt"), out, 1000, 1)
-    (out / "manifest.json").unlink()
+    with pytest.raises(fineweb.InputError, match="already holds shards of"):
+        fineweb.build(str(tmp_path / "other.txt"), tmp_path / "out", 1000, 1)
+
+
+def test_shards_without_a_manifest_are_refused(tmp_path, parquet):
+    fineweb.build(str(parquet), tmp_path / "out", 1000, 1)
+    (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(fineweb.InputError, match="unknown origin"):
-        fineweb.build(str(parquet), out, 1000, 1)
+        fineweb.build(str(parquet), tmp_path / "out", 1000, 1)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "texts.jsonl").write_bytes(json_lines(TEXTS))
+    fineweb.build(str(folder / "texts.jsonl"), folder / "out", 5000, 1)
+    return folder
+
+
+def change(**fields):
+    return lambda text: json.dumps({**json.loads(text), **fields})
+
+
+DAMAGED = {  # what becomes of a manifest, what is said of it
+    "truncated": (lambda text: text[: len(text) // 2], "line"),
+    "empty": (lambda text: "", "Expecting value"),
+    "{}": (lambda text: "{}", "complete"),
+    "[]": (lambda text: "[]", "complete"),
+    "null": (lambda text: "null", "complete"),
+    "deep": (lambda text: "[" * 100_000, "recursion"),
+    "of another program": (lambda text: '{"name": "app", "version": 3}', "another program's"),
+    "complete is text": (change(complete="false"), "complete"),
+    "shards is a dict": (change(shards={}), "shards"),
+    "a shard is a name": (change(shards=["texts_val_000000.npy"]), "file"),
+    "tokens is text": (change(shards=[{"file": "a_val_000000.npy", "tokens": "7", "sha256": "0"}]), '"tokens"'),
+    "no documents": (change(documents=None), "documents"),
+    "no progress": (change(complete=False), "progress"),
+    "progress is short": (change(complete=False, progress={"file": 0}), "row"),
+    "files are names": (change(complete=False, progress=dict(file=0, row=0, skip=0), files=["a"]), "file"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_manifest_is_named_with_the_remedy(kind, built, tmp_path):
+    damage, word = DAMAGED[kind]
+    out = tmp_path / "out"
+    shutil.copytree(built / "out", out)
+    (out / "manifest.json").write_text(damage((out / "manifest.json").read_text()))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    result = run("fineweb.py", "--source", built / "texts.jsonl", "--out", out, "--shard_size", 5000)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert all(part in result.stdout for part in ("manifest.json is unfinished or damaged", word, "delete it"))
+    for split in ("train", "val"):
+        with pytest.raises(fineweb.InputError, match="manifest.json is unfinished or damaged"):
+            find_shards(out, split)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_unfinished_folder_is_said_to_be_to_the_trainer(built, tmp_path):
+    shutil.copytree(built / "out", tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(change(complete=False, progress=dict(file=0, row=0, skip=0))(path.read_text()))
+    with pytest.raises(fineweb.InputError, match="is unfinished: start fineweb.py again"):
+        find_shards(tmp_path / "out", "train")
 
 
 def test_the_front_door_says_it_in_one_line_and_exits_with_2(tmp_path):

@@ -230,7 +230,7 @@ def test_an_interrupted_folder_refuses_other_flags_and_names_both(build, hub, tm
 
 def test_keep_keeps_the_files(build, hub, tmp_path):
     assert build("--keep").returncode == 0
-    assert all((tmp_path / "out" / ".download" / path).read_bytes() == TABLES[path] for path in TABLES)
+    assert all((tmp_path / "out" / ".fineweb_download" / path).read_bytes() == TABLES[path] for path in TABLES)
 
 
 def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_path):
