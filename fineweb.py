@@ -19,6 +19,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ import numpy as np
 from lib.common import EOT, InputError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command
 from lib.hub import FINEWEB_EDU
 from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manifest, removed_if_empty, write_manifest
-from lib.shards import open_shard, read_manifest
+from lib.shards import check_shard_set, open_shard, read_manifest
 from lib.sources import documents_of, find_source
 
 # -----------------------------------------------------------------------------
@@ -157,14 +158,16 @@ def pack_shards(out, manifest, progress, paths, pool, workers, bar):
 
 
 def place_shards(out, manifest, progress, paths, bar):
-    """Put fetched .bin shards into the folder."""
+    """Copy fetched .bin shards into the folder."""
+    check_shard_set([file["file"] for file in manifest["files"]])
     write_manifest(out, manifest, progress=progress)
     for index, path in paths(progress["file"]):
         tokens = open_shard(path)
         manifest["documents"] += int(np.count_nonzero(tokens == EOT))
         manifest["tokens"] += len(tokens)
         manifest["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
-        os.replace(path, out / path.name)
+        with open(path, "rb") as source, atomic_write(out / path.name) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
         write_manifest(out, manifest, progress={"file": index + 1, "row": 0, "skip": 0})
         update_bar(bar, len(tokens), manifest, path.name)
 

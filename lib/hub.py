@@ -16,10 +16,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from lib.common import InputError, hash_file
-from lib.shards import SHARD_NAME
+from lib.shards import split_of
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRIES = 5
 RETRY_DELAY = float(os.environ.get("HUB_RETRY_DELAY", 2))  # seconds before the second try; doubles with each one
 
@@ -32,7 +33,7 @@ def with_retries(what, attempt):
         except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
             status = getattr(getattr(error, "response", None), "status_code", None) or 0
             reason = " ".join(str(error).split()) or repr(error)
-            if getattr(error, "errno", None) == errno.ENOSPC or isinstance(error, (TypeError, AttributeError)):
+            if isinstance(error, (TypeError, AttributeError)) or getattr(error, "errno", None) in DISK_FULL:
                 raise  # not the network's doing
             if status in (401, 403, 404):
                 raise InputError(
@@ -55,15 +56,13 @@ def choose_files(paths, name=None, split="train"):
 
     They are the .parquet files below a folder called `name`, or with its first "-" as a "/", as FineWeb has it:
     sample-10BT is sample/10BT/. Where their paths name splits (train-00000-of-00002.parquet, train/0000.parquet), only
-    those with the word `split`; where none does, all are "train". Without .parquet files: the .bin token shards.
+    those with the word `split`; where none does, all are "train". Without .parquet files: the .bin token shards there.
     """
+    if name:
+        paths = [path for path in paths if f"/{name}/" in f"/{path}" or f"/{name.replace('-', '/', 1)}/" in f"/{path}"]
     tables = sorted(path for path in paths if path.endswith(".parquet"))
     if not tables:
-        shards = [(match["index"], path) for path in paths if (match := SHARD_NAME.fullmatch(Path(path).name))]
-        return [path for _, path in sorted(shards) if path.endswith(".bin")]
-    if name:
-        folders = (f"/{name}/", f"/{name.replace('-', '/', 1)}/")
-        tables = [path for path in tables if any(folder in f"/{path}" for folder in folders)]
+        return sorted((p for p in paths if p.endswith(".bin") and split_of(Path(p).name)), key=lambda p: (p[-10:], p))
 
     def names(path, words):
         return re.search(rf"(?<![A-Za-z0-9])({words})(?![A-Za-z0-9])", path)

@@ -77,6 +77,17 @@ def find_shards(data_root, split):
     return paths
 
 
+def check_shard_set(paths):
+    """Raise InputError unless these token shards can lie in one folder and have both splits."""
+    for split in ("train", "val"):
+        if not any(split_of(Path(path).name) == split for path in paths):
+            raise InputError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
+    of_name = {}
+    for path in paths:
+        if (other := of_name.setdefault(Path(path).name, path)) != path:
+            raise InputError(f"{other} and {path} have one name: choose the folder of one of them with --name")
+
+
 def open_shard(path):
     """Memory-map a shard: a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16)."""
     try:

@@ -1,9 +1,11 @@
 """fineweb.py as a user runs it, against a stand-in hub that misbehaves."""
 
+import errno
 import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from fake_hub import COMMIT, DATASET, serving
 from support import ROOT, run
 
 from lib.common import InputError
-from lib.hub import choose_files
+from lib.hub import choose_files, with_retries
 from lib.shards import find_shards, read_manifest
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
@@ -179,6 +181,19 @@ def test_lasting_trouble_is_named_and_loses_nothing(build, hub, tmp_path, kind, 
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_not_taken_for_the_network(number):
+    tries = []
+
+    def attempt():
+        tries.append(number)
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        with_retries("a file", attempt)
+    assert len(tries) == 1
+
+
 def test_no_network_is_said_with_the_remedy(build, environment, tmp_path):
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
     assert_refused(build(), "Check the network", "--source demo")
@@ -244,6 +259,34 @@ def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_pat
     assert json.loads(manifest)["documents"] == 1500 and json.loads(manifest)["complete"]
     assert hub.requests["GET", "edu_train_000001.bin"] == 1
     assert "every sha256 is right" in build("--verify").stdout
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (["a/x_val_000000.bin", "a/x_train_000001.bin", "b/x_train_000001.bin"], ["a/x_train", "b/x_train", "--name"]),
+        (["x_train_000001.bin", "x_train_000002.bin"], ["no *_val_*.bin", "x_train_000001.bin", "choose"]),
+        (["x_val_000000.bin"], ["no *_train_*.bin", "x_val_000000.bin", "choose"]),
+    ],
+    ids=["equal names", "no val", "no train"],
+)
+def test_token_shards_that_make_no_data_set_are_refused_before_they_are_fetched(build, hub, tmp_path, files, words):
+    hub.files = {file: bin_of([50256, 1, i]) for i, file in enumerate(files)}
+    assert_refused(build(), *words)
+    assert not (tmp_path / "out").exists() and not any(hub.requests["GET", file] for file in files)
+
+
+def test_name_chooses_the_folder_of_token_shards(build, hub, tmp_path):
+    hub.files = {f"{folder}/{name}": bin_of([50256, i]) for i, folder in enumerate("ab") for name in BINS}
+    assert build("--name", "b").returncode == 0
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in BINS} == dict.fromkeys(BINS, bin_of([50256, 1]))
+    assert_refused(build("--name", "c", out="c"), "--name c")
+
+
+def test_fetched_token_shards_are_on_the_disk_before_they_get_their_name(hub, environment, tmp_path):
+    hub.files = BINS
+    result = run("tests/probes/durable_renames.py", "--source", DATASET, "--out", tmp_path / "out", env=environment)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("row_group_size", [1000, 25_000])
