@@ -115,46 +115,52 @@ def update_bar(bar, tokens, manifest, where):
         bar.next_line = time.monotonic() + 30
 
 
-def pack_shards(out, manifest, progress, paths, pool, workers, bar):
+def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     """Tokenize the files from the progress on and write the shards.
 
     Progress is where the last shard ends: `skip` tokens after the start of the document at a row of a file. Meanwhile
-    the counts in the manifest are those up to that document.
+    the counts in the manifest are those up to that document. Text that ends within the validation shard is cut into
+    smaller shards where `may_cut` says so.
     """
     shards, skip = manifest["shards"], progress["skip"]
-    start = {**manifest, "progress": progress}
+    start, end = {**manifest, "progress": progress}, {"file": len(manifest["files"]), "row": 0, "skip": 0}
     buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
 
-    def add_shard(tokens, **progress):
+    def add_shard(tokens, progress):
         if not shards:
             write_manifest(out, start)  # comes first: a folder with shards but no manifest is someone else's
         path = out / f"{shard_name(manifest['source'])}_{'train' if shards else 'val'}_{len(shards):06d}.npy"
         with atomic_write(path) as file:
             np.save(file, tokens)
         shards.append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
-        write_manifest(out, manifest, progress=progress)
+        if progress:
+            write_manifest(out, manifest, progress=progress)
 
     todo = chunks(paths(progress["file"]), manifest.get("text_column"), progress["row"])
     for (file, row), tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
         update_bar(bar, len(tokens) - skip, manifest, manifest["files"][file]["file"])
         while skip < len(tokens):
+            if filled == len(buffer):
+                add_shard(buffer, {"file": file, "row": row, "skip": skip})
+                filled = 0
             taken = min(len(tokens) - skip, len(buffer) - filled)
             buffer[filled : filled + taken] = tokens[skip : skip + taken]
             filled, skip = filled + taken, skip + taken
-            if filled == len(buffer):
-                add_shard(buffer, file=file, row=row, skip=skip)
-                filled = 0
         skip = 0
         manifest["documents"] += documents
         manifest["skipped_empty"] += empty
         manifest["tokens"] += len(tokens)
-    if len(shards) + (filled > 0 and len(shards) > 0) < 2:  # the source ends within the validation shard
-        raise InputError(
-            f"{manifest['source']} has {manifest['tokens']:,} tokens, which leaves none for training after a "
-            f"validation shard of {len(buffer):,}: give more text or --shard_size {max(1, manifest['tokens'] // 10)}"
-        )
-    if filled:
-        add_shard(buffer[:filled], file=len(manifest["files"]), row=0, skip=0)
+    if not shards:  # all of the text is in the buffer
+        tenth = max(1, filled // 10)
+        if not may_cut or filled < 2:
+            raise InputError(
+                f"{manifest['source']} has {filled:,} tokens, which leaves none for training after a validation shard "
+                f"of {len(buffer):,}: give more text or --shard_size {tenth}"
+            )
+        manifest["shard_size"] = tenth
+    size = manifest["shard_size"]
+    for first in range(0, filled, size):  # more than once only where it is cut; listed once all are there
+        add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 
 
 def place_shards(out, manifest, progress, paths, bar):
@@ -173,7 +179,8 @@ def place_shards(out, manifest, progress, paths, bar):
 
 
 def shard_name(source):
-    return "edufineweb" if source == FINEWEB_EDU else re.sub(r"[^A-Za-z0-9]+", "-", Path(source).stem).strip("-")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-")
+    return "edufineweb" if source == FINEWEB_EDU else name or "text"
 
 
 def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
@@ -183,7 +190,10 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
     commit, files, paths = open_source(out / DOWNLOADS, manifest and manifest["revision"], keep)
     estimate, ready_made = estimate_tokens(files), files[0]["file"].endswith(".bin")
     if not manifest:
-        manifest = {**wanted, "revision": commit or wanted["revision"], "files": files}
+        manifest = {"shard_size": 0, **wanted, "revision": commit or wanted["revision"], "files": files}
+        if not (manifest["shard_size"] or ready_made):
+            manifest["shard_size"] = max(1, min(100_000_000, estimate // 10))
+            print(f"{out}: shards of {manifest['shard_size']:,} tokens, since the source has about {estimate:,}")
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
     progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
     check_disk(out, manifest, estimate, keep)
@@ -195,7 +205,7 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
         if ready_made:
             place_shards(out, manifest, progress, paths, bar)
         else:
-            pack_shards(out, manifest, progress, paths, pool, workers, bar)
+            pack_shards(out, manifest, progress, paths, "shard_size" not in wanted, pool, workers, bar)
     manifest["complete"] = True
     write_manifest(out, manifest)
     print(
@@ -206,17 +216,18 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
 
 
 def build(
-    source, out, shard_size=100_000_000, workers=None, start_method=None,
+    source, out, shard_size=None, workers=None, start_method=None,
     name=None, split="train", text_column="text", revision=None, keep=False, verify=False,
 ):  # fmt: skip
     """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
-    unfinished one goes on after its last shard.
+    unfinished one goes on after its last shard. Without a shard_size it is a tenth of the tokens that the sizes of the
+    files promise, 100M at most.
 
     Raises InputError for a source that cannot be read and for a folder that holds something else.
     """
     out, workers = Path(out), workers or os.cpu_count()
     about, open_source = find_source(source, name, split, text_column, revision)
-    wanted = {**about, "tokenizer": "gpt2", "shard_size": shard_size}
+    wanted = {**about, "tokenizer": "gpt2"} | ({"shard_size": shard_size} if shard_size else {})
     manifest = find_manifest(out, wanted, verify)
     if manifest and manifest["complete"]:
         return manifest
@@ -241,7 +252,7 @@ def main():
     )
     parser.add_argument("--source", default=FINEWEB_EDU, help="a Hugging Face data set, local files, a folder, or demo")
     parser.add_argument("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")
-    parser.add_argument("--shard_size", type=int, help="tokens a shard (default: 100,000,000; 100,000 for demo)")
+    parser.add_argument("--shard_size", type=int, help="tokens a shard (default: a tenth of the source, 100M at most)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--name", help="configuration on the hub (default: sample-10BT for FineWeb and FineWeb-Edu)")
     parser.add_argument("--split", default="train", help="split on the hub (default: %(default)s)")
@@ -254,7 +265,6 @@ def main():
     args = parser.parse_args()
     if args.workers < 1 or (args.shard_size is not None and args.shard_size < 1):
         parser.error("--workers and --shard_size must be 1 or more")
-    args.shard_size = args.shard_size or (100_000 if args.source == "demo" else 100_000_000)
     try:
         run_as_command(lambda: build(**vars(args)))
     except KeyboardInterrupt:

@@ -166,7 +166,7 @@ def test_shards_without_a_manifest_are_refused(tmp_path, parquet):
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     (folder / "texts.jsonl").write_bytes(json_lines(TEXTS))
-    fineweb.build(str(folder / "texts.jsonl"), folder / "out", 5000, 1)
+    fineweb.build(str(folder / "texts.jsonl"), folder / "out", workers=1)
     return folder
 
 
@@ -200,7 +200,7 @@ def test_a_damaged_manifest_is_named_with_the_remedy(kind, built, tmp_path):
     shutil.copytree(built / "out", out)
     (out / "manifest.json").write_text(damage((out / "manifest.json").read_text()))
     before = {path: path.read_bytes() for path in out.iterdir()}
-    result = run("fineweb.py", "--source", built / "texts.jsonl", "--out", out, "--shard_size", 5000)
+    result = run("fineweb.py", "--source", built / "texts.jsonl", "--out", out)
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert all(part in result.stdout for part in ("manifest.json is unfinished or damaged", word, "delete it"))
     for split in ("train", "val"):
@@ -215,6 +215,63 @@ def test_an_unfinished_folder_is_said_to_be_to_the_trainer(built, tmp_path):
     path.write_text(change(complete=False, progress=dict(file=0, row=0, skip=0))(path.read_text()))
     with pytest.raises(fineweb.InputError, match="is unfinished: start fineweb.py again"):
         find_shards(tmp_path / "out", "train")
+
+
+def test_own_text_is_cut_into_ten_shards_or_so(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(TEXTS))
+    size = int((tmp_path / "texts.jsonl").stat().st_size * 0.25) // 10
+    result = run("fineweb.py", "--source", tmp_path / "texts.jsonl", "--out", tmp_path / "out")
+    assert result.returncode == 0 and f"shards of {size:,} tokens" in result.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["shard_size"] == size and 5 < len(manifest["shards"]) < 15
+    assert {shard["tokens"] for shard in manifest["shards"][:-1]} == {size}
+    assert decode_documents(tmp_path / "out") == [text for text in TEXTS if text]
+    again = run("fineweb.py", "--source", tmp_path / "texts.jsonl", "--out", tmp_path / "out")
+    assert again.returncode == 0 and "already complete" in again.stdout
+    other = run("fineweb.py", "--source", tmp_path / "texts.jsonl", "--out", tmp_path / "out", "--shard_size", 1000)
+    assert other.returncode == 2 and f"'shard_size': {size}" in other.stdout and "'shard_size': 1000" in other.stdout
+
+
+def test_text_with_fewer_tokens_than_its_size_promises_still_trains(tmp_path):
+    records = [{"text": f"Only {i} of many bytes.", "page": "x" * 2000} for i in range(300)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run("fineweb.py", "--source", tmp_path / "pages.jsonl", "--out", tmp_path / "out").returncode == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["shard_size"] == manifest["tokens"] // 10 and len(manifest["shards"]) in (10, 11)
+    assert decode_documents(tmp_path / "out") == [record["text"] for record in records]
+    assert find_shards(tmp_path / "out", "train") and find_shards(tmp_path / "out", "val")
+    refused = run("fineweb.py", "--source", tmp_path / "pages.jsonl", "--out", tmp_path / "no", "--shard_size", 10_000)
+    assert refused.returncode == 2 and "--shard_size" in refused.stdout
+
+
+def test_text_with_more_tokens_than_its_size_promises_has_more_shards(tmp_path):
+    (tmp_path / "same.parquet").write_bytes(parquet_of(text=["A text that is the same in every row. " * 9] * 60))
+    manifest = fineweb.build(str(tmp_path / "same.parquet"), tmp_path / "out", workers=1)
+    assert len(manifest["shards"]) > 20 and manifest["documents"] == 60
+
+
+def test_shards_are_named_so_that_the_loader_knows_them(tmp_path):
+    (tmp_path / "東京.txt").write_text("naïve café 東京 " * 100)
+    fineweb.build(str(tmp_path / "東京.txt"), tmp_path / "out", workers=1)
+    assert find_shards(tmp_path / "out", "val")[0].name == "text_val_000000.npy"
+
+
+def test_a_build_in_a_folder_of_other_files_leaves_them_alone(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(TEXTS))
+    for name in (".download/mine", "mine.incomplete", "mine.tmp", "mine_val_00.npy", "poem.txt.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run("fineweb.py", "--source", "texts.jsonl", "--out", ".", "--text_column", "no", cwd=tmp_path).returncode
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run("fineweb.py", "--source", "texts.jsonl", "--out", ".", cwd=tmp_path).returncode == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_every_file_is_on_the_disk_before_it_gets_its_name(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(TEXTS))
+    result = run("tests/probes/durable_renames.py", "--source", tmp_path / "texts.jsonl", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stdout
 
 
 def test_the_front_door_says_it_in_one_line_and_exits_with_2(tmp_path):

@@ -130,20 +130,29 @@ def test_twenty_kills_at_any_instant_change_no_byte(build, hub, environment, tmp
         folder += 1  # it got through: the kills that are left go to another build
 
 
-def test_a_kill_before_any_rename_changes_no_byte(tmp_path):
+# The first manifest, each shard and a manifest, the complete manifest; of the long rows only the instants that differ
+@pytest.mark.parametrize(
+    "kind, renames",
+    [("sized", range(1, 9)), ("automatic", (2, 3, 24)), ("cut", (2, 3, 7, 13, 14)), ("ready made", (2, 3, 4, 8))],
+)
+def test_a_kill_before_a_rename_changes_no_byte(kind, renames, environment, hub, tmp_path):
     """Before a file gets its final name is every instant there is: nothing else changes what a restart finds."""
-    lines = [json.dumps({"text": text}) + "\n" for text in texts_of(0)]
-    (tmp_path / "texts.jsonl").write_text("".join(lines))
-    flags = ["--source", tmp_path / "texts.jsonl", "--shard_size", 30_000, "--workers", 1, "--out"]
-    assert run("fineweb.py", *flags, tmp_path / "undisturbed").returncode == 0
+    page = "x" * 10_000 if kind == "cut" else ""  # its size promises more tokens than it has
+    lines = [json.dumps({"text": text, "page": page}) + "\n" for text in texts_of(0)]
+    (tmp_path / "texts.jsonl").write_text("".join(lines[: 200 if kind == "cut" else None]))
+    flags = ["--source", tmp_path / "texts.jsonl", "--workers", 1, "--out"]
+    if kind == "sized":
+        flags = ["--shard_size", 30_000, *flags]
+    if kind == "ready made":
+        hub.files, flags[1] = BINS, DATASET
+    assert run("fineweb.py", *flags, tmp_path / "undisturbed", env=environment).returncode == 0
     expected = content(tmp_path / "undisturbed")
-    for number in range(1, 100):
+    for number in (*renames, renames[-1] + 1):
         out = tmp_path / f"out{number}"
-        if run("tests/probes/kill_at_rename.py", number, *flags, out).returncode == 0:
-            break  # fewer renames than that
-        assert run("fineweb.py", *flags, out).returncode == 0
+        killed = run("tests/probes/kill_at_rename.py", number, *flags, out, env=environment).returncode < 0
+        assert killed == (number in renames)  # there are no more than these
+        assert run("fineweb.py", *flags, out, env=environment).returncode == 0
         assert content(out) == expected, number
-    assert number == 9  # the first manifest, three shards with one manifest each, the complete manifest: 8 renames
 
 
 def test_no_worker_outlives_a_killed_parent(build, hub, environment, tmp_path):
