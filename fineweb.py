@@ -2,7 +2,7 @@
 Text in, GPT-2 token shards out: the data half of the GPT-2 reproduction.
 
     python fineweb.py                                       # FineWeb-Edu sample-10BT -> edu_fineweb10B/
-    python fineweb.py --source my_texts/ --out my_data      # your own .parquet, .jsonl or .txt files
+    python fineweb.py --source my_texts/ --out my_data      # your own .parquet, .jsonl(.gz, .zst) or .txt files
     python fineweb.py --source demo --out demo_data         # the docs of Python and NumPy, no network
 
 A shard is a one-dimensional .npy file of little-endian uint16: every document is <|endoftext|> (50256) followed by

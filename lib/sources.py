@@ -1,5 +1,5 @@
 """
-What fineweb.py reads: the demo corpus, local .parquet, .jsonl and .txt files, and data sets of the Hugging Face hub.
+What fineweb.py reads: the demo corpus, local files of text, and data sets of the Hugging Face hub.
 
 A source is a list of files in a fixed order. Each gives its documents as str from a row on, None where a row has none,
 so that a build that was interrupted goes on where it was.
@@ -7,14 +7,17 @@ so that a build that was interrupted goes on where it was.
 
 import ast
 import contextlib
+import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import random
 import re
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ import numpy as np
 from lib import hub
 from lib.common import InputError
 
-TEXT_SUFFIXES = {".parquet", ".jsonl", ".txt"}
+TEXT_SUFFIXES = (".parquet", *(text + zipped for text in (".jsonl", ".txt") for zipped in ("", ".gz", ".zst")))
 
 
 def demo_documents():
@@ -65,9 +68,18 @@ def table_documents(path, column, row):
             row = max(0, row - len(batch))
 
 
+def open_text(path):
+    """Open a file of text for reading bytes, decompressed where it ends in .gz or .zst."""
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
 def line_documents(path, column, row):
     """One field of each line of a .jsonl from a line on; a blank line is an empty document."""
-    with open(path, "rb") as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(itertools.islice(lines, row, None), start=row + 1):
             try:
                 text = json.loads(line.decode("utf-8"))[column] if line.strip() else None
@@ -82,20 +94,21 @@ def line_documents(path, column, row):
 
 
 def documents_of(path, column="text", row=0):
-    """The documents of a .parquet, .jsonl or .txt (which is one) from a row on; without a path, of the demo."""
+    """The documents of a .parquet, .jsonl or .txt (which is one) from a row on; without a path, those of the demo."""
     try:
         if path is None:
             yield from demo_documents()[row:]
             return
-        if path.suffix == ".txt":
-            yield from [path.read_bytes().decode("utf-8")][row:]
+        if path.name.endswith((".txt", ".txt.gz", ".txt.zst")):
+            with open_text(path) as file:
+                yield from [file.read().decode("utf-8")][row:]
         else:
             yield from (table_documents if path.suffix == ".parquet" else line_documents)(path, column, row)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are among them
         raise InputError(f"cannot read {path}: {error}") from None
 
 
@@ -113,15 +126,15 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
         files = [{"file": "demo", "tokens": 1_000_000}]
         return about, lambda folder, commit, keep: (None, files, lambda first: [(0, None)][first:])
     if path.exists():
-        paths = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
-        if not paths or paths[0].suffix not in TEXT_SUFFIXES:
-            raise InputError(f"{source} holds no file that ends in {', '.join(sorted(TEXT_SUFFIXES))}")
+        paths = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.name.endswith(TEXT_SUFFIXES))
+        if not paths:
+            raise InputError(f"{source} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
         files = [{"file": p.name, "size": p.stat().st_size} for p in paths]
         # sizes stand in for a revision: enough to notice that the folder has changed
         revision = hashlib.sha256(repr([tuple(file.values()) for file in files]).encode()).hexdigest()
         about = {"source": str(path.resolve()), "revision": revision, "text_column": text_column}
         return about, lambda folder, commit, keep: (None, files, lambda first: list(enumerate(paths))[first:])
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in TEXT_SUFFIXES:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(TEXT_SUFFIXES):
         raise InputError(
             f"no file or folder {source}; a Hugging Face data set is written owner/name, like {hub.FINEWEB_EDU}"
         )

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import json
@@ -31,6 +32,10 @@ def parquet_of(**columns):
     return file.getvalue()
 
 
+def zstd(content):
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
 @pytest.fixture
 def parquet(tmp_path):
     path = tmp_path / "texts.parquet"
@@ -56,13 +61,17 @@ def test_tokenizer_is_gpt2():
 
 
 def test_round_trip_of_every_format(tmp_path, parquet):
-    jsonl = tmp_path / "texts.jsonl"
-    jsonl.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS) + "\n")
-    (tmp_path / "txt").mkdir()
-    for i, text in enumerate(TEXTS):
-        (tmp_path / "txt" / f"{i:04d}.txt").write_bytes((text or "").encode())
+    lines = json_lines(TEXTS)
+    (tmp_path / "texts.jsonl").write_bytes(lines)
+    (tmp_path / "texts.jsonl.gz").write_bytes(gzip.compress(lines))
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    (tmp_path / "texts.jsonl.zst").write_bytes(zstd(lines[:half]) + zstd(lines[half:]))  # two frames, as pzstd writes
+    for folder, compress in {"txt": bytes, "txt.gz": gzip.compress, "txt.zst": zstd}.items():
+        (tmp_path / folder).mkdir()
+        for i, text in enumerate(TEXTS):
+            (tmp_path / folder / f"{i:04d}.{folder}").write_bytes(compress((text or "").encode()))
     kept = [text for text in TEXTS if text]
-    for source in (parquet, jsonl, tmp_path / "txt"):
+    for source in sorted({parquet, *tmp_path.iterdir()}):
         out = tmp_path / f"out_{source.name}"
         manifest = fineweb.build(str(source), out, shard_size=3000, workers=2)
         assert decode_documents(out) == kept
@@ -129,6 +138,11 @@ REFUSED = {  # a source, what is in it, what is said
     "latin.jsonl": (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "latin.jsonl, line 2"),
     "broken.parquet": (b"no parquet", "cannot read"),
     "columns.parquet": (parquet_of(body=["a"]), "['body']"),
+    "broken.txt.gz": (b"no gzip", "cannot read"),
+    "short.jsonl.gz": (gzip.compress(json_lines(TEXTS))[:-9], "cannot read"),
+    "damaged.txt.gz": (gzip.compress(b"text " * 99)[:15] + b"x" * 30, "cannot read"),
+    "broken.jsonl.zst": (b"no zstd", "cannot read"),
+    "short.jsonl.zst": (zstd(json_lines(TEXTS))[:-9], "cannot read"),
 }
 
 
