@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,11 @@ def parquet(tmp_path):
 
 def read_shards(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+
+
+def content_of(folder):
+    """Every file but the lock: what a build leaves."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
 
 
 def decode_documents(folder):
@@ -286,6 +292,45 @@ def test_every_file_is_on_the_disk_before_it_gets_its_name(tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(json_lines(TEXTS))
     result = run("tests/probes/durable_renames.py", "--source", tmp_path / "texts.jsonl", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of the operating system")
+def test_a_disk_that_fills_up_is_said_and_the_restart_ends_with_the_same_bytes(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(TEXTS))
+    flags = ["--source", tmp_path / "texts.jsonl", "--shard_size", 500, "--out"]
+    assert run("fineweb.py", *flags, tmp_path / "undisturbed").returncode == 0
+    out = tmp_path / "out"
+    full = run("tests/probes/limit_file_size.py", 5000, *flags, out)  # bytes: the manifest outgrows it
+    assert full.returncode == 2 and "cannot write" in full.stdout and "start again" in full.stdout
+    assert "Traceback" not in full.stdout and 5 < len(read_shards(out)) < len(read_shards(tmp_path / "undisturbed"))
+    assert not list(out.glob("*.tmp"))
+    assert run("fineweb.py", *flags, out).returncode == 0
+    assert content_of(out) == content_of(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 kB, by the permission to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_restart_ends_with_the_same_bytes(tmp_path, small_disk):
+    same = ["A text that is the same in every row, so that the size of the file promises little. " * 9] * 2000
+    (tmp_path / "same.parquet").write_bytes(parquet_of(text=same))
+    flags = ["--source", tmp_path / "same.parquet", "--shard_size", 20_000, "--out"]
+    assert run("fineweb.py", *flags, tmp_path / "undisturbed").returncode == 0
+    full = run("fineweb.py", *flags, small_disk / "out")
+    assert full.returncode == 2 and "No space left on device" in full.stdout and "start again" in full.stdout
+    assert "Traceback" not in full.stdout and len(read_shards(small_disk / "out")) > 2
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert run("fineweb.py", *flags, small_disk / "out").returncode == 0
+    assert content_of(small_disk / "out") == content_of(tmp_path / "undisturbed")
 
 
 def test_the_front_door_says_it_in_one_line_and_exits_with_2(tmp_path):
