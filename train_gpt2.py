@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import dataset, knobs, machine
+from lib import dataset, knobs, machine, plan
 from lib.checkpoint import load_checkpoint
-from lib.common import InputError, get_tokenizer, run_as_command
+from lib.common import InputError, get_tokenizer, run_as_command, say
 from lib.cpu_loss import ChunkedCrossEntropy
 from lib.dataset import TokenStream
 from lib.memory import fit_micro_batch
@@ -78,13 +78,18 @@ class TrainConfig:
     activation_checkpointing: bool | None = None  # less memory for a second forward; None: where nothing else fits
     max_nonfinite: int = 5  # stop after so many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds until ranks that wait for a dead or hung one give up
+    plan: bool | None = None  # print what the run takes (parameters, memory, disk, hours) and exit
+    plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
 
 
+# learning rates and batch sizes of the GPT-3 paper's models of like size (Brown et al., 2020, table 2.1)
 PRESETS = {
     "gpt2": {},  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=32),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, micro_batch_size=16),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),  # 1558M
+    "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps of it are 20 billion tokens
+        n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
+    ),
     "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128, max_lr=3e-3,
         sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=150, warmup_steps=20, val_every=50,
@@ -445,6 +450,8 @@ def train(config, run):
         + (f"\nMFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)" if run.peak_tflops else "")
     )
 
+    run.say(plan.one_line(config))
+
     # where the run begins, or goes on
     settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
     run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
@@ -504,6 +511,9 @@ def main(config):
     Raises InputError for what the user can put right.
     """
     knobs.check(config, int(os.environ.get("WORLD_SIZE", 1)), OPENAI_MODELS)
+    if config.plan:
+        say(plan.describe(config))
+        return {}
     resume = config.init_from == "resume"
     with Run(
         config.log_dir, config.device, resume, config.keep_checkpoints, config.max_nonfinite, config.collective_timeout

@@ -19,6 +19,7 @@ RANGES = {
     **dict.fromkeys(("val_every", "hellaswag_every", "sample_every", "checkpoint_every"), (0, 2**63)),
     **dict.fromkeys(("max_lr", "weight_decay", "grad_clip"), (0, 1e30)),
     "min_lr_ratio": (0, 1),
+    "plan_speed": (0, 2**63),
     "keep_checkpoints": (2, 2**31),
     "seed": (0, 2**32 - 1),
     "max_nonfinite": (1, 2**31),

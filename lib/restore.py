@@ -50,6 +50,14 @@ def load_optimizer(optimizer, state):
         group.update(settings)
 
 
+def tensors_of(state):
+    """The tensors in a state_dict, at any depth."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    for value in state.values() if isinstance(state, dict) else ():
+        yield from tensors_of(value)
+
+
 def restore(checkpoint, stateful):
     """Load the states of a checkpoint into what has them, by name, and torch's random state."""
     for name, part in stateful.items():

@@ -13,8 +13,8 @@ from lib.common import InputError, git_commit, report, say
 from lib.folder import RunFolder
 from lib.knobs import compare_runs
 from lib.log import METRICS, rates
-from lib.restore import restore
-from lib.signals import StopRun, stop_signals
+from lib.restore import restore, tensors_of
+from lib.signals import StopRun, short_shutdown, stop_signals
 
 
 class Run:
@@ -90,6 +90,9 @@ class Run:
                 contents |= {"val_loss": self.metrics["val_loss"], "random_states": [torch.get_rng_state()]}
                 self.folder.save(contents)
 
+    def checkpoint_bytes(self):
+        return sum(t.nbytes for part in self.stateful.values() for t in tensors_of(part.state_dict()))
+
     def steps(self, max_steps, tokens, flops_per_token):
         """Count the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too. `tokens` of
         a step and `flops_per_token` are for its speed on the console."""
@@ -102,6 +105,8 @@ class Run:
             yield step
             if step == first:
                 machine.set_timeout(self.collective_timeout)
+            elif step == first + 1 and (warning := short_shutdown(self.clock.last, self.checkpoint_bytes())):
+                self.say(warning)
 
     def due(self, every):
         """Whether this step is one of every so many, or the last."""

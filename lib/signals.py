@@ -11,6 +11,8 @@ import torch
 
 from lib.machine import sum_over_ranks
 
+DISK_SPEED = 5e8  # bytes/s, of a slow one
+
 
 class StopRun(Exception):
     """Ends the run between two steps or batches, on all ranks; `number` is the signal's, on the rank that got it."""
@@ -18,6 +20,18 @@ class StopRun(Exception):
     def __init__(self, number):
         super().__init__("stopped by a signal")
         self.number = number
+
+
+def short_shutdown(step_seconds, checkpoint_bytes):
+    """What to say where torchrun, which kills its workers some time after it was told to stop, may not wait for the
+    step and its checkpoint; else None."""
+    limit = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))  # seconds; torchrun's default
+    need = step_seconds + checkpoint_bytes / DISK_SPEED
+    if "TORCHELASTIC_RUN_ID" in os.environ and need > limit:
+        return (
+            f"warning: after a signal, torchrun waits {limit:.0f} s by default; a step of {step_seconds:.0f} s and its "
+            f"checkpoint of {checkpoint_bytes / 1e9:.1f} GB may take longer: give it --shutdown-timeout={2 * need:.0f}"
+        )
 
 
 @contextlib.contextmanager

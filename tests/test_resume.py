@@ -15,6 +15,7 @@ from support import PROBES, command_of, environment, flags_of, losses, read_log,
 import train_gpt2
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from lib.common import InputError
+from lib.signals import short_shutdown
 from train_gpt2 import main
 
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
@@ -237,6 +238,15 @@ def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
         process.wait(timeout=1.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_a_run_under_torchrun_says_when_it_may_be_killed_before_it_has_saved(monkeypatch):
+    assert short_shutdown(1000, 0) is None  # alone, nobody kills it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert short_shutdown(0.1, 1.5e9) is None  # 124M
+    assert "--shutdown-timeout=95" in short_shutdown(10, 18.7e9)  # XL
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "95")
+    assert short_shutdown(10, 18.7e9) is None
 
 
 def test_a_dead_rank_ends_the_job(tiny):

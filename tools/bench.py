@@ -21,7 +21,8 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
-from lib.machine import name_and_peak
+from lib.machine import choose_dtype, name_and_peak
+from lib.memory import fit_in_memory
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
@@ -45,7 +46,7 @@ def hellaswag_speed(device, config, count):
 
     items = [{"ctx": text(20, 80), "label": 0, "endings": [text(10, 50) for _ in range(4)]} for _ in range(count)]
     model = GPT(GPTConfig(1024, 50304, config.n_layer, config.n_head, config.n_embd)).to(device).eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, choose_dtype("auto", device), enabled=device.type == "cuda"):
         one_at_a_time(model, items[0], device)
         start = time.perf_counter()
         answers = [one_at_a_time(model, item, device) for item in items]
@@ -54,6 +55,12 @@ def hellaswag_speed(device, config, count):
         _, agree, _ = hellaswag.evaluate(model, hellaswag.make_batches(labelled), device).tolist()
         batched = time.perf_counter() - start
     return {"items": count, "one_by_one_s": single, "batched_s": batched, "ratio": single / batched, "agree": agree}
+
+
+def plain_step(device, config, batch):
+    """The first row of the ladder, which takes the most memory."""
+    tokens = torch.zeros(batch, config.sequence_length, dtype=torch.long, device=device)
+    Trainer(device, config, LADDER[:1]).step(tokens, tokens)
 
 
 def draw_plot(path, figures):
@@ -71,7 +78,12 @@ def draw_plot(path, figures):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure what each optimization buys", allow_abbrev=False)
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step (default: %(default)s)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        help="sequences a step, at most (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=10, help="timed steps a row (default: %(default)s)")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="draw the ladder into this PNG")
@@ -81,13 +93,14 @@ def main():
     names = [name for name in LADDER if device.type == "cuda" or name not in CUDA_ONLY]
     torch._dynamo.config.recompile_limit = 64
     name, peak = name_and_peak(device)
-    figures = {"device": name, "torch": f"torch {torch.__version__}", "peak_tflops": peak, "batch": args.batch}
+    batch, _ = fit_in_memory(lambda n, _: plain_step(device, config, n), args.batch, args.batch, False, device)
+    figures = {"device": name, "torch": f"torch {torch.__version__}", "peak_tflops": peak, "batch": batch}
     print(figures, flush=True)
-    generator, tokens = torch.Generator(device).manual_seed(0), args.batch * config.sequence_length
+    generator, tokens = torch.Generator(device).manual_seed(0), batch * config.sequence_length
 
     def draw():
         """Tokens of which few are frequent, as in text, so that there is something to learn."""
-        shape = args.batch, config.sequence_length + 1
+        shape = batch, config.sequence_length + 1
         rows = (torch.rand(shape, generator=generator, device=device) ** 8 * 50257).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

@@ -10,9 +10,10 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
+from lib.machine import choose_dtype
 from train_gpt2 import GPT, GPTConfig
 
-CUDA_ONLY = ("TF32", "bfloat16", "compile")
+CUDA_ONLY = ("TF32", "16 bits", "compile")  # bfloat16, or float16 on GPUs that are older than it
 LADDER = ("plain float32", *CUDA_ONLY, "flash attention", "padded vocabulary", "fused AdamW", "no logits kept")
 
 
@@ -53,7 +54,7 @@ class Trainer:
         torch.set_float32_matmul_precision("high" if "TF32" in self.on else "highest")
         start = time.perf_counter()
         with mock.patch.object(F, "scaled_dot_product_attention", attention):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled="bfloat16" in self.on):
+            with torch.autocast(self.device.type, choose_dtype("auto", self.device), enabled="16 bits" in self.on):
                 loss = self.loss(x, y)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -1,0 +1,69 @@
+"""The plan says what a run then takes."""
+
+import pytest
+import torch
+from support import load, losses, run
+
+from lib import plan
+from lib.machine import peak_tflops
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, main
+
+
+def config_of(preset, **overrides):
+    return TrainConfig(**{**PRESETS[preset], **overrides})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_and_operations_are_those_of_the_model(preset):
+    c = config_of(preset)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(c.sequence_length, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+    assert sum(plan.count_parameters(c).values()) == sum(p.numel() for p in model.parameters())
+    assert plan.flops_per_token(c) == model.flops_per_token()
+
+
+def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
+    c = tiny(max_steps=1)
+    main(c)
+    path = tmp_path / "log" / "model_00001.pt"
+    checkpoint = load(path)
+    moments = sum(v.nbytes for s in checkpoint["optimizer"]["state"].values() for v in s.values() if v.dim())
+    weights = {p.data_ptr(): p.nbytes for p in checkpoint["model"].values()}  # the tied matrix once
+    n = sum(plan.count_parameters(c).values())
+    assert sum(weights.values()) == 4 * n and moments == 8 * n
+    assert plan.state_bytes(c) == 4 * n + 4 * n + 8 * n + 2 * n  # weights, gradients, moments, the 16-bit copy
+    assert path.stat().st_size == pytest.approx(12 * n, abs=50_000)
+
+
+@pytest.mark.parametrize("sequences, measured", [(32, 14.4), (64, 26.6)])
+def test_memory_is_what_an_h200_took(sequences, measured):
+    """Measured with GPT-2 124M, T=1024, bfloat16, compile, torch 2.11.0, 2026-11-22."""
+    assert plan.memory_bytes(config_of("gpt2"), sequences) / 2**30 == pytest.approx(measured, rel=0.03)
+
+
+def test_the_command_prints_it_and_writes_nothing(tmp_path):
+    result = run("train_gpt2.py", "--preset=gpt2-xl", "--plan", "--plan_speed=40000", cwd=tmp_path)
+    assert result.returncode == 0 and "1,557,686,400" in result.stdout and "138.9" in result.stdout, result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_begins_with_its_plan_in_a_line(tiny, tmp_path, capsys):
+    main(tiny(max_steps=2))
+    assert (
+        "plan: 2 steps x 512 = 1,024 tokens" in capsys.readouterr().out and len(losses(tmp_path / "log", "train")) == 2
+    )
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("Tesla T4", 65),
+        ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("CPU", None),
+        ("Tesla V100-SXM2-16GB", 125), ("NVIDIA RTX A6000", 155), ("NVIDIA RTX 6000 Ada Generation", 364),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device_by_its_real_name(name, peak):
+    assert peak_tflops(name) == peak
