@@ -450,7 +450,7 @@ def train(config, run):
         + (f"\nMFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)" if run.peak_tflops else "")
     )
 
-    run.say(plan.one_line(config))
+    run.say(plan.one_line(config, device))
 
     # where the run begins, or goes on
     settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data}

@@ -29,7 +29,8 @@ def rates(seconds, tokens, flops_per_token, peak_tflops, steps_left):
     """The speed of a step of so many tokens as text; with MFU, the share of the peak, where that is known, not 0."""
     speed, left = tokens / seconds, seconds * steps_left
     mfu = f" | MFU {speed * flops_per_token / (peak_tflops * 1e12):.1%}" if peak_tflops else ""
-    return f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | {left // 3600:.0f}h{left % 3600 // 60:02.0f}m left"
+    time_left = f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m" if left >= 60 else f"{left:.0f}s"
+    return f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | {time_left} left"
 
 
 class Log:

