@@ -63,6 +63,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # on matrices and embeddings only
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0: no clipping
     # evaluation and output
+    log_every: int = 1  # steps from one line on the console to the next; log.txt has every step
     val_every: int = 250  # steps from one validation loss to the next; 0: none
     val_tokens: int = 10485760  # tokens a validation, over all ranks
     hellaswag_every: int = 250  # steps; 0: none
@@ -471,19 +472,19 @@ def train(config, run):
     for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token()):
         # once in a while: the loss on tokens that are never trained on
         if run.due(config.val_every):
-            with run.timing("validation"), autocast():
+            with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
             run.record("val", val_loss)
 
         # once in a while: can it tell how a story goes on from three wrong endings?
         if hella and run.due(config.hellaswag_every):
-            with run.timing("HellaSwag"), autocast():
+            with run.clock.timing("HellaSwag"), autocast():
                 counts = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
             run.record("hella", (counts[1] / counts[2]).item())
 
         # once in a while: read what it writes
         if run.rank == 0 and run.due(config.sample_every):
-            with run.timing("samples"), autocast():
+            with run.clock.timing("samples"), autocast():
                 texts = sample(model, config.sample_prompt, device, config.seed)
             run.say("\n".join(f"step {step:5d} | sample {text!r}" for text in texts))
 
@@ -497,11 +498,11 @@ def train(config, run):
 
         # always: one step
         lr = get_lr(step, config)
-        with run.timing("training"):
+        with run.clock.timing("training"):
             loss, norm, finite = train_step(
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
-        run.record_step(loss, norm, lr, finite)
+        run.record_step(loss, norm, lr, finite, show=run.due(config.log_every))
     run.finish("python hellaswag.py -m {checkpoint}")
 
 

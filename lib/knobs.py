@@ -16,7 +16,7 @@ RANGES = {
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length"), (1, 2**31)),
     **dict.fromkeys(("total_batch_size", "micro_batch_size", "val_tokens"), (1, 2**63)),
     **dict.fromkeys(("max_steps", "warmup_steps"), (0, 2**63)),
-    **dict.fromkeys(("val_every", "hellaswag_every", "sample_every", "checkpoint_every"), (0, 2**63)),
+    **dict.fromkeys(("log_every", "val_every", "hellaswag_every", "sample_every", "checkpoint_every"), (0, 2**63)),
     **dict.fromkeys(("max_lr", "weight_decay", "grad_clip"), (0, 1e30)),
     "min_lr_ratio": (0, 1),
     "plan_speed": (0, 2**63),

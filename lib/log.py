@@ -40,12 +40,9 @@ class Log:
     def __init__(self, path):
         self.path, self.file, self.waiting, self.failing = path, None, b"", False
 
-    def record(self, step, kind, value, of="", more=""):
-        """Add a record; print it, with `of` behind the step and `more` behind the value."""
-        text = f"{value:{METRICS[kind].format}}"
-        self.waiting += f"{step} {kind} {text}\n".encode()
+    def record(self, step, kind, value):
+        self.waiting += f"{step} {kind} {value:{METRICS[kind].format}}\n".encode()
         self.flush()
-        say(f"step {step:5d}{of} | {METRICS[kind].label} {text}{more}")
 
     def flush(self, sync=False):
         """Write what waits; returns whether all of it is in the file, which `sync` makes durable."""

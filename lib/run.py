@@ -112,26 +112,26 @@ class Run:
         """Whether this step is one of every so many, or the last."""
         return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
 
-    def timing(self, what):
-        return self.clock.timing(what)
-
     def say(self, message):
         if self.rank == 0:
             say(message)
 
-    def record(self, kind, value, more=""):
-        """Record a metric of this step: "train", "val" or "hella"."""
+    def record(self, kind, value, more="", show=True):
+        """Record a metric of this step, "train", "val" or "hella", in log.txt and, with `show`, on the console."""
         self.metrics[METRICS[kind].name] = value
         if self.rank == 0:
-            self.folder.log.record(self.step, kind, value, f"/{self.max_steps}" if kind == "train" else "", more)
+            self.folder.log.record(self.step, kind, value)
+        if show:
+            steps = f"{self.step:5d}" + (f"/{self.max_steps}" if kind == "train" else "")
+            self.say(f"step {steps} | {METRICS[kind].label} {value:{METRICS[kind].format}}{more}")
 
-    def record_step(self, loss, norm, lr, finite):
-        """Record an optimizer step, and count those in a row whose update was skipped."""
+    def record_step(self, loss, norm, lr, finite, show=True):
+        """Record an optimizer step, and count those in a row whose update was skipped, which are always shown."""
         self.nonfinite = 0 if finite else self.nonfinite + 1
         seconds, peak = self.clock.last, self.world_size * (self.peak_tflops or 0)
         text = rates(seconds, *self.cost, peak, self.max_steps - self.step - 1)
         note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
-        self.record("train", loss, f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}")
+        self.record("train", loss, f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}", show or not finite)
 
     def diverged(self):
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""

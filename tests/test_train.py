@@ -31,6 +31,12 @@ def test_a_run_leaves_its_log_and_checkpoints(tiny, tmp_path, capsys):
     assert re.search(r"step +20/21 \| loss .* \| lr .* \| norm .* \| .* ms \| .* tok/s", out)
 
 
+def test_the_console_shows_a_line_every_so_often_and_log_txt_every_step(tiny, tmp_path, capsys):
+    main(tiny(log_every=8))
+    shown = re.findall(r"^step +(\d+)/20 \| loss", capsys.readouterr().out, re.M)
+    assert shown == ["0", "8", "16"] and list(losses(tmp_path / "log", "train")) == list(range(20))
+
+
 def test_the_same_seed_gives_the_same_log_bit_for_bit(tiny, tmp_path):
     for name in "ab":
         main(tiny(log_dir=str(tmp_path / name)))
