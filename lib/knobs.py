@@ -102,7 +102,10 @@ def compare_runs(before, now, step):
     old, new = before["train_config"], now["train_config"]
     for name in FIXED:
         if old.get(name) != new[name]:
-            raise InputError(f"cannot resume: {name} was {old.get(name)} when the run began, it is {new[name]} now")
+            raise InputError(
+                f"cannot resume: {name} was {old.get(name)} when the run began, it is {new[name]} now: give --{name} "
+                f"{old.get(name)}, or start a new run in another --log_dir"
+            )
     for name in sorted({*before["data"], *now["data"]}):
         was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
         if was != found:

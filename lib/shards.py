@@ -64,8 +64,8 @@ def find_shards(data_root, split):
     paths = [path for path in paths if split_of(path.name) == split]
     if not paths:
         raise InputError(
-            f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB download), "
-            "or try python train_gpt2.py --preset demo"
+            f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, a 28 GB "
+            f"download, or your own text with --source), or try python train_gpt2.py --preset demo"
         )
     manifest = read_manifest(root)
     if manifest and not manifest["complete"]:
