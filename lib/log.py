@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lib.common import InputError, atomic_write, say
 
-RECORD = re.compile(rb"(\d+) (train|val|hella) \S+")
+RECORD = re.compile(rb"(\d+) (train|val|hella) -?(\d+\.\d+|nan|inf)")
 
 
 class Metric(NamedTuple):
