@@ -20,9 +20,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2
-OUR_TEMPORARY = re.compile(
-    r"(model_\d{5,}\.pt|\w+\.txt|\w+\.json|\w+\.png|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
-)
+OUR_TEMPORARY = re.compile(r"(model_\d{5,}\.pt|log\.txt|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp")
 
 
 class InputError(ValueError):
@@ -32,11 +30,12 @@ class InputError(ValueError):
 def say(message, stream=None):
     """Print a line at once. A console that is gone (a closed pipe, a full disk) becomes /dev/null: the run goes on."""
     stream = stream or sys.stdout
+    if stream is None:  # python train_gpt2.py >&-
+        return
     encoding = getattr(stream, "encoding", None) or "utf-8"  # not every terminal can print what a model writes
+    text = str(message).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        stream.write(
-            str(message).encode(encoding, "backslashreplace").decode(encoding) + "\n"
-        )  # one write: whole lines
+        stream.write(text + "\n")  # one write: whole lines
         stream.flush()
     except OSError:
         with open(os.devnull, "w") as nowhere:
@@ -98,9 +97,9 @@ def lock_folder(folder, purpose=""):
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / "lock", "a+"))
+            file = stack.enter_context(open(folder / "lock", "a+b", buffering=0))  # no write waits for the end
             file.seek(0)
-            before = file.read()
+            before = file.read().decode(errors="replace")
             try:
                 if fcntl:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,8 +108,7 @@ def lock_folder(folder, purpose=""):
             except OSError as error:  # some network file systems have no locks
                 say(f"warning: {folder}/ cannot be locked ({error}): see to it that nothing else writes it")
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}{purpose}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}{purpose}".encode())
             for path in folder.iterdir():
                 if OUR_TEMPORARY.fullmatch(path.name):
                     path.unlink()
