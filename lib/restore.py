@@ -2,6 +2,7 @@
 From a checkpoint back to a run, or to a message that says what does not fit.
 """
 
+import contextlib
 from dataclasses import fields
 
 import torch
@@ -19,7 +20,8 @@ def rebuild(checkpoint, model_class, config_class):
     found = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
     expected = {}
     if config["n_layer"] <= len(weights) and config["n_embd"] % config["n_head"] == 0:
-        with torch.device("meta"):  # shapes alone: a wrong config can ask for any amount of memory
+        # shapes alone: a wrong config can ask for any amount of memory, and for more than there are addresses
+        with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError):
             expected = {name: tuple(p.shape) for name, p in model_class(config_class(**config)).state_dict().items()}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
@@ -32,20 +34,23 @@ def rebuild(checkpoint, model_class, config_class):
     return model
 
 
-def load_optimizer(optimizer, state):
-    """Load the moments of a checkpoint into an optimizer that keeps its own settings but for the rate, which each step
-    sets. Raises InputError where they are of other shapes: the fused kernel would read beyond them."""
+def load_optimizer(optimizer, state, trained):
+    """Load moments, which a `trained` model must have, into an optimizer that keeps its own settings but for the rate,
+    which each step sets. Raises InputError where their shapes differ: the fused kernel would read beyond them."""
     own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     try:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if (trained or state["state"]) and len(state["state"]) != len(parameters):
+            raise ValueError(f"it has moments of {len(state['state'])} parameters, not of {len(parameters)}")
         for index, moments in state["state"].items():
-            for name, value in moments.items():
-                if value.dim() and value.shape != parameters[index].shape:
-                    shapes = f"{tuple(value.shape)}, not {tuple(parameters[index].shape)}"
-                    raise ValueError(f"{name} of parameter {index} has the shape {shapes}")
+            shape = tuple(parameters[index].shape)
+            expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            found = {name: tuple(value.shape) for name, value in moments.items()}
+            if found != expected:
+                raise ValueError(f"parameter {index} has moments of the shapes {found}, not {expected}")
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot resume: the optimizer's state does not fit this model: {error}") from None
+        raise InputError(f"cannot resume: the optimizer's state does not fit this model: {error!r}") from None
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
 
@@ -60,9 +65,15 @@ def tensors_of(state):
 
 def restore(checkpoint, stateful):
     """Load the states of a checkpoint into what has them, by name, and torch's random state."""
-    for name, part in stateful.items():
-        if isinstance(part, torch.optim.Optimizer):
-            load_optimizer(part, checkpoint[name])
-        elif checkpoint.get(name):  # a run in float32 leaves an empty state of its gradient scaler
-            part.load_state_dict(checkpoint[name])
-    torch.set_rng_state(checkpoint["random_states"][0])
+    try:
+        name = "random_states"
+        torch.set_rng_state(checkpoint[name][0])
+        for name, part in stateful.items():
+            if isinstance(part, torch.optim.Optimizer):
+                # no moments yet: where all steps were skipped, which float16's scaler may do by itself
+                trained = checkpoint["step"] > checkpoint.get("nonfinite", 0) and not checkpoint.get("scaler")
+                load_optimizer(part, checkpoint[name], trained)
+            elif checkpoint.get(name):  # a run in float32 leaves an empty state of its gradient scaler
+                part.load_state_dict(checkpoint[name])
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"cannot resume: the checkpoint's {name} is missing or of another kind: {error!r}") from None
