@@ -83,6 +83,7 @@ class TokenStream:
 def check(data_root, T, sequences):
     """Raise InputError where the shards are not whole, or hold less than the `sequences` of T tokens of a step. Returns
     what tells them from others: by name, the token count, the sha256 that a manifest has, a fingerprint."""
+    open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
     train, val = (TokenStream(data_root, split) for split in ("train", "val"))
     if (found := (len(train) - 1) // T) < sequences:
         raise InputError(
