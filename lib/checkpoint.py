@@ -16,6 +16,7 @@ from lib.common import InputError, atomic_write, say
 
 NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; other names in the folder are other people's
 COMMENT_LENGTH = struct.pack("<H", 64)  # of a sha256 in hexadecimal, as the last field of a zip archive
+GONE = "is gone, and with it the run: start again, or put it back and resume"
 KINDS = {"model": dict, "optimizer": dict, "config": dict, "train_config": dict, "step": int}  # of what it holds
 
 
@@ -44,7 +45,7 @@ def step_of(path):
 
 def list_checkpoints(log_dir):
     """The checkpoints in a folder, by their steps."""
-    return sorted((path for path in log_dir.iterdir() if NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in log_dir.iterdir() if NAME.fullmatch(path.name) and path.is_file()), key=step_of)
 
 
 def write_checkpoint(path, contents):
@@ -73,8 +74,8 @@ def remove(path):
 def save_checkpoint(log_dir, contents, keep, prune=True):
     """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to it, where `prune` says so.
 
-    On a full disk the oldest spare one makes room. Returns False, having said so, where it could not be written; the
-    newest of the older ones is intact then. Raises InputError where the folder is gone.
+    On a full disk the oldest spare one makes room, where `prune` allows it. Returns False, having said so, where it
+    could not be written; the newest of the older ones is intact then. Raises InputError where the folder is gone.
     """
     step = contents["step"]
     path = log_dir / f"model_{step:05d}.pt"
@@ -84,12 +85,10 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
             break
         except (OSError, RuntimeError) as error:
             if not log_dir.is_dir():
-                raise InputError(
-                    f"{log_dir}/ is gone, and with it the run: start again, or put it back and resume"
-                ) from None
+                raise InputError(f"{log_dir}/ {GONE}") from None
             older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if retry or not full or len(older) < 2:
+            if retry or not full or not prune or len(older) < 2:
                 say(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}")
                 return False
             say(f"warning: the disk is full: removing {older[0]} to make room for {path.name}")

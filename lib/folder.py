@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lib import checkpoint as checkpoints
-from lib.common import InputError, lock_folder
+from lib.common import InputError, lock_folder, say
 from lib.log import Log, cut_log
 
 
@@ -30,9 +30,15 @@ class RunFolder:
         it, whose id stands in the lock.
         """
         launch = f", torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        if launch.endswith(" none"):  # which all launches with --master_port are called
+            launch += f" {os.getppid()}"
         before = self.stack.enter_context(lock_folder(self.path, launch))
         if not resume and not (restarted and before.endswith(launch)):
-            self.refuse_other_run()
+            try:
+                self.refuse_other_run()
+            except InputError:  # or a restart of this launch would take the run for its own
+                (self.path / "lock").write_text(before)
+                raise
         self.log = self.stack.enter_context(contextlib.closing(Log(self.path / "log.txt")))
         return checkpoints.newest_whole_checkpoint(self.path)
 
@@ -46,12 +52,17 @@ class RunFolder:
         """Save a checkpoint; the log is never behind it."""
         # while updates are skipped, the older ones stay: these weights may be what is wrong
         prune = not contents["nonfinite"]
-        flushed = self.log.flush(sync=True)
-        saved = flushed and checkpoints.save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
-        self.saved = saved and self.path / f"model_{contents['step']:05d}.pt"
+        path = self.path / f"model_{contents['step']:05d}.pt"
+        if flushed := self.log.flush(sync=True):
+            saved = checkpoints.save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
+        else:
+            say(f"WARNING: {path} COULD NOT BE SAVED: log.txt comes first")
+        self.saved = flushed and saved and path
 
     def check_saved(self):
         """Raise InputError where what the run became is not all on the disk."""
+        if self.log and not self.path.is_dir():
+            raise InputError(f"{self.path}/ {checkpoints.GONE}")
         if self.log and (self.saved is False or not self.log.flush(sync=True)):
             raise InputError(
                 f"the last checkpoint could not be saved, or not all of log.txt: make room in {self.path}/ and resume"
