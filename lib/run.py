@@ -145,6 +145,6 @@ class Run:
     def finish(self, hint):
         """The last words of a run that came to its end; `hint` says what to do with its last {checkpoint}."""
         self.folder.check_saved()
-        self.say(f"done: {self.clock}. All is in {self.folder.path}/")
+        self.say(f"done: {self.clock}")
         if self.folder.saved:
-            self.say(f"next: {hint.format(checkpoint=self.folder.saved)}")
+            self.say(f"All is in {self.folder.path}/\nnext: {hint.format(checkpoint=self.folder.saved)}")
