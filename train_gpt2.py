@@ -365,7 +365,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, generator=No
     for _ in range(max_new_tokens):
         hidden = model.hidden_states(idx[:, -model.config.block_size :])
         logits = model.head(hidden[:, -1])[:, :50257] / temperature  # (B, 50257): the padded ids are not tokens
-        values, candidates = logits.topk(top_k)
+        values, candidates = logits.nan_to_num().topk(top_k)  # NaN: a run that diverged, as its next step says
         choice = torch.multinomial(F.softmax(values, dim=-1), num_samples=1, generator=generator)
         idx = torch.cat([idx, candidates.gather(1, choice)], dim=1)
     model.train(was_training)
