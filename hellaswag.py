@@ -1,111 +1,123 @@
 """
 HellaSwag: choose the right one of four endings by the language model's loss on each.
 
-    python hellaswag.py -m gpt2 -d cuda                   # an OpenAI model, all 10,042 validation items
-    python hellaswag.py -m log/model_19073.pt -d cuda     # a checkpoint of train_gpt2.py
+    python hellaswag.py -m gpt2 -d cuda                           # an OpenAI model, all 10,042 validation items
+    python hellaswag.py -m log/model_19073.pt --style harness     # a checkpoint, as lm-evaluation-harness scores it
 
-Completion style: the endings follow the raw context, `acc` picks the lowest sum of losses, `acc_norm` the lowest mean
-per token. In this style OpenAI's GPT-2 124M has acc 0.2859 and acc_norm 0.2955. An item, one JSON object a line in
-https://github.com/rowanz/hellaswag: {"ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using ...",
-"is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."], ...}
+`acc` picks the ending of the lowest summed loss, `acc_norm` that of the lowest sum by length. OpenAI's GPT-2 has:
+
+    style        context                              acc_norm divides by    124M               1558M
+    completion   as it is in ctx                      tokens                 0.2859 / 0.2955    0.3842 / 0.4893
+    harness      activity and ctx, without [marks]    characters             0.2892 / 0.3114    0.4004 / 0.5089
+
+Items are JSON objects, one a line, as in https://github.com/rowanz/hellaswag; FIELDS is what a style reads of them.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import urllib.request
+from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
-from lib.common import InputError, atomic_write, get_tokenizer, run_as_command
+from lib.common import EOT, InputError, atomic_write, get_tokenizer, run_as_command
 from lib.machine import sum_over_ranks
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
-VAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+SHA256 = {"val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"}  # what published results are for
+FIELDS = {"completion": ["ctx"], "harness": ["activity_label", "ctx_a", "ctx_b"]}  # a style's context is made of these
 
 
 def fetch(split):
-    """Return the path of hellaswag/hellaswag_{split}.jsonl, downloading it (12 MB) where it is not there yet."""
-    path = FOLDER / f"hellaswag_{split}.jsonl"
-    if not path.exists():
-        url = URL.format(split=split)
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                content = response.read()
-        except OSError as error:
-            raise InputError(
-                f"cannot fetch {url} ({error}): copy that file to {path}, or name one with --data"
-            ) from None
-        if split == "val" and hashlib.sha256(content).hexdigest() != VAL_SHA256:
-            raise InputError(f"{url} is not the file that published results are for (its sha256 differs): try again")
-        FOLDER.mkdir(exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
+    """Return the path of hellaswag/hellaswag_{split}.jsonl, checked; downloads it (12 MB) where it is not there yet."""
+    path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
+    try:
+        found = path.exists()
+        content = path.read_bytes() if found else urllib.request.urlopen(url, timeout=30).read()
+        if split in SHA256 and hashlib.sha256(content).hexdigest() != SHA256[split]:
+            what, remedy = (path, "delete it to fetch it again") if found else (url, "try again")
+            raise InputError(f"{what} is not the published file, {len(content):,} bytes, wrong sha256: {remedy}")
+        if not found:
+            FOLDER.mkdir(exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(content)
+    except (OSError, HTTPException) as error:
+        raise InputError(f"cannot fetch {url} to {path} ({error}): put it there, or name another with --data") from None
     return path
 
 
-def iterate_examples(split="val", path=None):
-    """Yield the items of a split, or of the .jsonl file `path`, as dicts with at least ctx, label and four endings."""
-    path = path or fetch(split)
+def iterate_examples(split="val", path=None, style="completion"):
+    """Yield the items of a split, or of the .jsonl file `path`, as dicts with at least what the style needs."""
     try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    example = json.loads(line.decode("utf-8"))
-                    assert isinstance(example["ctx"], str) and example["label"] in range(4)
-                    assert len(example["endings"]) == 4 and all(isinstance(end, str) for end in example["endings"])
-                except (ValueError, KeyError, TypeError, AssertionError) as error:
-                    raise InputError(
-                        f"{path}, line {number} is not a HellaSwag item (a JSON object with ctx, label 0 to 3 and "
-                        f"4 endings): {error!r}. Mend it, or delete the file to fetch it again"
-                    ) from None
-                yield example
+        lines = Path(path or fetch(split)).read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            example = json.loads(line.decode("utf-8"))
+            texts = [example[field] for field in FIELDS[style]] + example["endings"]
+            if len(example["endings"]) != 4 or example["label"] not in range(4) or {*map(type, texts)} != {str}:
+                raise ValueError("a value is of the wrong kind")
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = f"a JSON object with {', '.join(FIELDS[style])}, label 0 to 3 and 4 endings"
+            raise InputError(f"{path}, line {number}: --style {style} needs {wanted}, not {error!r}. Mend it") from None
+        yield example
 
 
-def render_example(example):
-    """Render an item as (data, tokens, mask, label).
+def clean(text):
+    """lm-evaluation-harness's preprocess(): [title], [step] and the like are left from WikiHow's pages."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-    tokens: (4, N) int64, context then ending in each row, zeros after; mask: (4, N) int64, 1 on the ending's tokens;
-    label: index of the right ending; data: the same as plain lists, for use outside Python.
+
+def encode(example, style="completion"):
+    """An item as plain numbers: label, ctx_tokens, ending_tokens, lengths (what acc_norm divides by), width."""
+    ids, context, space, endings = get_tokenizer().encode_ordinary, example.get("ctx"), " ", example["endings"]
+    if style == "harness":
+        cleaned = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
+        context, endings = cleaned.rstrip(), [clean(ending) for ending in endings]
+        space = cleaned[len(context) :] + " "  # what the context ends with belongs to the word that follows
+    tokens = [ids(space + ending) for ending in endings]  # GPT-2's words carry their space in front
+    lengths = [len(ending) for ending in (endings if style == "harness" else tokens)]
+    context = ids(context) or [EOT]  # without one, the endings open a document
+    item = {"label": example["label"], "ctx_tokens": context, "ending_tokens": tokens, "lengths": lengths}
+    return {**item, "width": len(context) + max(map(len, tokens))}
+
+
+def lay_out(items, width):
+    """Encoded items as (tokens, mask), both (4n, width) int64: in a row context, ending, zeros; mask 1 on endings."""
+    tokens, mask = torch.zeros(2, 4 * len(items), width, dtype=torch.long)
+    rows = [(item["ctx_tokens"] + ending, len(ending)) for item in items for ending in item["ending_tokens"]]
+    for i, (row, ending) in enumerate(rows):
+        end = min(width, len(row))
+        tokens[i, :end] = torch.tensor(row[-width:])  # what is too long loses the start of its context
+        mask[i, max(0, end - ending) : end] = 1
+    return tokens, mask
+
+
+def render_example(example, style="completion"):
+    """Render an item as (what encode() returns, tokens (4, N), mask (4, N), the index of the right ending)."""
+    item = encode(example, style)
+    return item, *lay_out([item], item["width"]), item["label"]
+
+
+def make_batches(examples, rank=0, world_size=1, max_length=1024, style="completion", batch_size=32):
+    """Return this rank's share as a list of (places in examples, tokens, mask, lengths (n, 4), labels (n,)).
+
+    Items of like length go together: little padding. Every rank gets the same number of batches; the last may be empty.
     """
-    encode = get_tokenizer().encode_ordinary
-    context = encode(example["ctx"])
-    endings = [encode(" " + ending) for ending in example["endings"]]  # GPT-2's words carry their space in front
-    longest = len(context) + max(map(len, endings))
-    tokens = torch.zeros(4, longest, dtype=torch.long)
-    mask = torch.zeros(4, longest, dtype=torch.long)
-    for row, ending in enumerate(endings):
-        end = len(context) + len(ending)
-        tokens[row, :end] = torch.tensor(context + ending)
-        mask[row, len(context) : end] = 1
-    data = {"label": example["label"], "ctx_tokens": context, "ending_tokens": endings}
-    return data, tokens, mask, example["label"]
-
-
-def make_batches(examples, rank=0, world_size=1, max_length=1024, batch_size=32):
-    """Return this rank's share of the items as a list of (tokens (4n, N), mask (4n, N), labels (n,)), n <= batch_size.
-
-    Items of like length go together, and N is a multiple of 32: little padding, and few shapes to plan kernels for.
-    Items of more than max_length tokens lose the start of their context. Every rank gets the same number of batches;
-    the last ones may be empty.
-    """
-    rendered = sorted((render_example(example)[1:] for example in examples), key=lambda item: item[0].size(1))
-    mine = rendered[rank::world_size]
-    batches = []
-    for start in range(0, -(-len(rendered) // world_size), batch_size):
-        items = mine[start : start + batch_size]
-        width = min(max_length, -(-max((tokens.size(1) for tokens, _, _ in items), default=0) // 32) * 32)
-        tokens, mask = torch.zeros(2, 4 * len(items), width, dtype=torch.long)
-        for i, (item_tokens, item_mask, _) in enumerate(items):
-            item_tokens, item_mask = item_tokens[:, -max_length:], item_mask[:, -max_length:]
-            tokens[4 * i : 4 * i + 4, : item_tokens.size(1)] = item_tokens
-            mask[4 * i : 4 * i + 4, : item_mask.size(1)] = item_mask
-        batches.append((tokens, mask, torch.tensor([label for _, _, label in items], dtype=torch.long)))
+    items = [{**encode(example, style), "place": place} for place, example in enumerate(examples)]
+    mine, batches = sorted(items, key=lambda item: item["width"])[rank::world_size], []
+    for start in range(0, -(-len(items) // world_size), batch_size):
+        share = mine[start : start + batch_size]
+        width = -(-max((item["width"] for item in share), default=0) // 8) * 8  # few shapes to plan kernels for
+        places, lengths, labels = (torch.tensor([i[key] for i in share]) for key in ("place", "lengths", "label"))
+        # the last token of a row predicts nothing and is not fed to the model: so there may be one more than it takes
+        batches.append((places, *lay_out(share, min(width, max_length) + 1), lengths, labels))
     return batches
 
 
@@ -118,80 +130,90 @@ def load(rank, local_rank, world_size, device, max_length):
         except InputError as error:
             have = 0
             print(f"going on without HellaSwag: {error}", flush=True)
-    if sum_over_ranks(torch.tensor(have, device=device)).item() < world_size:
-        return None
-    return make_batches(iterate_examples("val"), rank, world_size, max_length)
+    have = sum_over_ranks(torch.tensor(have, device=device)).item()
+    return make_batches(iterate_examples("val"), rank, world_size, max_length) if have == world_size else None
 
 
 @torch.no_grad()
-def score(model, tokens, mask):
-    """Sum and mean, over the masked tokens of each row, of the loss in nats: two float32 tensors (4n,).
+def score(model, batches, device, before_batch=lambda: None):
+    """The endings' losses in nats, in the order of the batches: (n, 2, 4) float32, sums over tokens and normalized.
 
-    Only the positions that predict an ending's token go through the output head, which is most of its work saved.
-    The losses are float32: bfloat16 logits tie on 2.6% of the items.
-    """
-    predicts = mask[:, 1:].bool()  # position t predicts token t + 1
-    hidden = model.hidden_states(tokens)[:, :-1][predicts]
-    targets, found = tokens[:, 1:][predicts], []
-    on_cpu = hidden.device.type == "cpu"  # where fresh memory costs more than the softmax: few rows at a time, in place
-    chunk = 128 if on_cpu else 2048
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = model.head(h)
-        log_p = torch.log_softmax(logits, dim=1, out=logits if on_cpu else None)
-        found.append(F.nll_loss(log_p, y, reduction="none"))
-    losses = torch.zeros(predicts.shape, device=tokens.device)
-    losses[predicts] = torch.cat(found)
-    total = losses.sum(dim=1)
-    return total, total / predicts.sum(dim=1)
-
-
-def evaluate(model, batches, device, before_batch=lambda: None):
-    """Return int64 counts (items right by sum, items right by mean, items) over batches of `make_batches`.
-
-    The model scores in eval mode and is left as it was found. before_batch() is called before each.
+    Only the positions that predict an ending's token go through the output head, which is most of its work saved. The
+    model scores in eval mode and is left as it was found. before_batch() is called before each.
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(3, dtype=torch.long, device=device)
-    for tokens, mask, labels in batches:
+    weight, scores = model.lm_head.weight.T, [torch.empty(0, 2, 4, device=device)]
+    room = torch.empty(512, weight.size(1), device=device)  # for logits; fresh memory costs a CPU more than the softmax
+    for _, tokens, mask, lengths, labels in batches:
         before_batch()
-        if len(labels):
-            labels = labels.to(device)
-            total, mean = score(model, tokens.to(device), mask.to(device))
-            counts[0] += (total.view(-1, 4).argmin(dim=1) == labels).sum()
-            counts[1] += (mean.view(-1, 4).argmin(dim=1) == labels).sum()
-            counts[2] += len(labels)
+        if len(labels) == 0:
+            continue
+        tokens, predicts = tokens.to(device), mask[:, 1:].bool().to(device)  # position t predicts token t + 1
+        hidden, targets, found = model.hidden_states(tokens[:, :-1])[predicts], tokens[:, 1:][predicts], []
+        for h, y in zip(hidden.split(len(room)), targets.split(len(room)), strict=True):
+            logits = torch.mm(h, weight, out=room[: len(h)])  # autocast heeds no out=: bfloat16 ties on 2.6% of items
+            logits[:, 50257:] = -torch.inf  # the padded ids are not tokens
+            log_p = torch.log_softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
+            found.append(-log_p.gather(1, y[:, None])[:, 0])
+        losses = torch.zeros(predicts.shape, device=device).masked_scatter(predicts, torch.cat(found))
+        total = losses.sum(dim=1).view(-1, 4)
+        scores.append(torch.stack([total, total / lengths.to(device)], dim=1))
     model.train(was_training)
-    return counts
+    return torch.cat(scores)
 
 
-def run(model_name, device, path, limit):
-    from itertools import islice
+def evaluate(model, batches, device, before_batch=lambda: None):
+    """Return int64 counts (items right by sum, items right normalized, items) over batches of `make_batches`."""
+    labels = torch.cat([labels for *_, labels in batches]).long().to(device)
+    right = score(model, batches, device, before_batch).argmin(dim=2) == labels[:, None]
+    return torch.tensor([*right.sum(dim=0), len(labels)], device=device)
 
+
+def run(model_name, device, path, limit, style="completion", json_path=None):
     from tqdm import tqdm
 
     from train_gpt2 import load_model
 
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}: it must be 1 or more")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device!r} here, choose cuda, mps or cpu with -d: {error}") from None
+    examples = list(islice(iterate_examples("val", path, style), limit))
+    if not examples:
+        raise InputError(f"{path} is empty: it must hold HellaSwag items, one JSON object a line")
     torch.set_float32_matmul_precision("high")
-    model = load_model(model_name).to(device).eval()
-    examples = islice(iterate_examples("val", path), limit)
-    batches = make_batches(examples, max_length=model.config.block_size)
-    if sum(len(labels) for _, _, labels in batches) == 0:
-        raise InputError(f"{path} holds no items")
-    right, right_norm, total = evaluate(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).tolist()
-    print(f"{total} acc: {right / total:.4f} acc_norm: {right_norm / total:.4f}")
+    model = load_model(model_name).to(device)
+    batches = make_batches(examples, max_length=model.config.block_size, style=style)
+    chosen = score(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
+    chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # as in the file
+    n, labels = len(examples), torch.tensor([example["label"] for example in examples])
+    acc, acc_norm = (chosen == labels[:, None]).double().mean(dim=0).tolist()
+    stderr, norm_stderr = ((p * (1 - p) / max(1, n - 1)) ** 0.5 for p in (acc, acc_norm))
+    print(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
+    print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}")
+    if json_path:
+        by_sum, by_norm = chosen.T.tolist()
+        facts = dict(model=str(model_name), style=style, n=n, acc=acc, acc_stderr=stderr, acc_norm=acc_norm,
+                     acc_norm_stderr=norm_stderr, choices=by_sum, choices_norm=by_norm)  # fmt: skip
+        try:
+            with atomic_write(json_path) as file:
+                file.write(json.dumps(facts).encode())
+        except OSError as error:
+            raise InputError(f"cannot write {json_path}: {error}") from None
 
 
 def main():
     parser = argparse.ArgumentParser(description="Score a model on HellaSwag", allow_abbrev=False)
     parser.add_argument("-m", "--model", default="gpt2", help="OpenAI model name or checkpoint (default: %(default)s)")
-    parser.add_argument(
-        "-d", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps"
-    )
+    parser.add_argument("-d", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps, cpu")
     parser.add_argument("--data", help="a .jsonl of items (default: the validation set, fetched on first use)")
     parser.add_argument("--limit", type=int, help="score only the first N items")
-    args = parser.parse_args()
-    run_as_command(run, args.model, args.device, args.data, args.limit)
+    parser.add_argument("--style", choices=FIELDS, default="completion", help="default: %(default)s")
+    parser.add_argument("--json", help="write the scores and each item's choices to this file")
+    run_as_command(run, *vars(parser.parse_args()).values())
 
 
 if __name__ == "__main__":

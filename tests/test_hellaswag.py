@@ -1,4 +1,8 @@
+import hashlib
+import http.server
 import json
+import statistics
+import threading
 
 import pytest
 import torch
@@ -6,7 +10,7 @@ from support import make_items, run, write_shards
 
 import hellaswag
 from lib.common import InputError
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, load_model
 
 
 def small_model():
@@ -18,11 +22,15 @@ def small_model():
     return model.eval()
 
 
+def items_as_bytes(count):
+    return "".join(json.dumps(item) + "\n" for item in make_items(count)).encode()
+
+
 def tutorial_scores(model, item):
     """Sum and mean loss of each ending the plain way: full logits of one item, positions picked by the mask."""
     _, tokens, mask, _ = hellaswag.render_example(item)
     losses = torch.nn.functional.cross_entropy(
-        model(tokens)[0][:, :-1].reshape(-1, 50304), tokens[:, 1:].reshape(-1), reduction="none"
+        model(tokens)[0][:, :-1, :50257].reshape(-1, 50257), tokens[:, 1:].reshape(-1), reduction="none"
     ).view(4, -1)
     losses = losses * mask[:, 1:]
     return losses.sum(1), losses.sum(1) / mask[:, 1:].sum(1)
@@ -46,11 +54,11 @@ def test_batched_equals_one_by_one():
     with torch.no_grad():
         one_by_one = [(s.argmin().item() == i["label"], m.argmin().item() == i["label"])
                       for i in items for s, m in [tutorial_scores(model, i)]]  # fmt: skip
-        tokens, mask, _ = hellaswag.make_batches(items[:5])[0]
-        lengths = sorted(items[:5], key=lambda item: hellaswag.render_example(item)[1].size(1))
-        expected = torch.stack([torch.stack(tutorial_scores(model, item)) for item in lengths])  # (5, 2, 4)
-        for i, scores in enumerate(hellaswag.score(model, tokens, mask)):
-            assert torch.allclose(scores.view(5, 4), expected[:, i], atol=1e-4)
+        batches = hellaswag.make_batches(items, batch_size=9)
+        expected = torch.stack(
+            [torch.stack(tutorial_scores(model, items[i])) for places, *_ in batches for i in places]
+        )
+        assert torch.allclose(hellaswag.score(model, batches, torch.device("cpu")), expected, atol=1e-4)  # (40, 2, 4)
     counts = hellaswag.evaluate(model, hellaswag.make_batches(items), torch.device("cpu"))
     assert counts.tolist() == [sum(s for s, _ in one_by_one), sum(m for _, m in one_by_one), 40]
 
@@ -69,16 +77,13 @@ def test_acc_and_acc_norm_can_disagree():
     """A model that knows only how common a token is: a short ending has the lowest sum, a long one the lowest mean."""
 
     class Unigram(torch.nn.Module):
+        lm_head = torch.nn.Linear(1, 50304, bias=False)
+
         def hidden_states(self, tokens):
-            return torch.zeros(*tokens.shape, 1)
+            return torch.ones(*tokens.shape, 1)
 
-        def head(self, hidden):
-            logits = torch.zeros(len(hidden), 50304)
-            logits[:, common] = 5.0
-            return logits
-
-    encode = hellaswag.get_tokenizer().encode_ordinary
-    common = encode(" the")[0]
+    with torch.no_grad():
+        Unigram.lm_head.weight.zero_()[hellaswag.get_tokenizer().encode_ordinary(" the")] = 5.0
     item = {"ctx": "Then", "endings": ["dog", "the the the the", "dog dog", "dog man roof"]}
     for label, expected in ((0, [1, 0, 1]), (1, [0, 1, 1])):
         batches = hellaswag.make_batches([{**item, "label": label}])
@@ -96,20 +101,174 @@ def test_a_broken_line_is_named(tmp_path):
         list(hellaswag.iterate_examples(path=tmp_path / "none.jsonl"))
 
 
-def test_the_command_line_scores_a_checkpoint(tmp_path):
-    write_shards(tmp_path / "data", [1000, 5000])
+def test_the_padding_ids_of_the_vocabulary_do_not_count():
+    model, items = small_model(), make_items(5)
+    batches, cpu = hellaswag.make_batches(items), torch.device("cpu")
+    before = hellaswag.score(model, batches, cpu)
+    with torch.no_grad():
+        model.lm_head.weight[50257:] = 1e3 * torch.randn(47, 32)
+    assert torch.equal(hellaswag.score(model, batches, cpu), before)
+
+
+def test_items_longer_than_the_model_lose_the_start_of_their_context():
+    model, item = (
+        small_model(),
+        {"ctx": "the man sits " * 100, "label": 0, "endings": ["on", "a b", "a roof", "x " * 60]},
+    )
+    scores = hellaswag.score(model, hellaswag.make_batches([item], max_length=100), torch.device("cpu"))
+    data = hellaswag.encode(item)
+    for ending, found in zip(data["ending_tokens"], scores[0, 0], strict=True):
+        row = torch.tensor([(data["ctx_tokens"] + ending)[-101:]])  # 100 are read, and the last one is only predicted
+        with torch.no_grad():
+            log_p = model(row[:, :-1])[0][0, :, :50257].log_softmax(1)
+        assert found == pytest.approx(-log_p.gather(1, row[0, 1:, None])[-len(ending) :].sum().item(), abs=1e-3)
+
+
+def test_without_a_context_the_endings_open_a_document():
+    data, tokens, mask, _ = hellaswag.render_example({"ctx": "", "label": 0, "endings": ["a", "b", "c", "d e"]})
+    assert data["ctx_tokens"] == [50256] and mask.sum(1).tolist() == [1, 1, 1, 2] and mask[:, 0].sum() == 0
+
+
+def test_the_harness_style_cleans_and_counts_characters():
+    item = {
+        "activity_label": "Home and Garden", "ctx_a": "[header] How to clean [title] Wipe it. [step] Use a cloth.",
+        "ctx_b": "then YOU [substeps]", "label": 1, "endings": ["[substeps] wipe.", "wash [it] up", " dry ", "sing"],
+    }  # fmt: skip
+    data = hellaswag.encode(item, "harness")
+    decode = hellaswag.get_tokenizer().decode
+    assert decode(data["ctx_tokens"]) == "Home and Garden: How to clean. Wipe it. Use a cloth. Then you"
+    assert [decode(ending) for ending in data["ending_tokens"]] == ["   wipe.", "  wash up", "  dry", "  sing"]
+    assert data["lengths"] == [6, 7, 3, 4]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers every request with `answer`, raw bytes."""
+
+    def do_GET(self):
+        self.wfile.write(self.answer)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A function that sets what the download gets; its folder is tmp_path/hellaswag."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "hellaswag")
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/{{split}}")
+    yield lambda answer: setattr(Server, "answer", answer)
+    server.shutdown()
+    server.server_close()
+
+
+def good_answer(content):
+    return b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+
+
+def test_a_download_that_fails_is_said_and_leaves_nothing(served, tmp_path, capsys):
+    content = items_as_bytes(3)
+    answers = {
+        b"HTTP/1.0 404 Not Found\r\n\r\n": "404",
+        good_answer(content)[:-5]: "IncompleteRead",
+        b"nonsense\r\n\r\n": "nonsense",
+        good_answer(content): "is not the published file",
+        good_answer(b""): "is not the published file, 0 bytes",
+    }
+    for answer, words in answers.items():
+        served(answer)
+        with pytest.raises(InputError, match=words):
+            list(hellaswag.iterate_examples())
+        assert hellaswag.load(0, 0, 1, torch.device("cpu"), 1024) is None
+        out = capsys.readouterr().out
+        assert out.count("going on without HellaSwag: ") == 1 and words in out
+        assert not list(tmp_path.glob("hellaswag/*"))
+
+
+def test_a_download_is_kept_and_a_file_cut_short_is_refused(served, tmp_path, monkeypatch):
+    content, path = items_as_bytes(3), tmp_path / "hellaswag" / "hellaswag_val.jsonl"
+    monkeypatch.setattr(hellaswag, "SHA256", {"val": hashlib.sha256(content).hexdigest()})
+    served(good_answer(content))
+    assert list(hellaswag.iterate_examples()) == make_items(3) and path.read_bytes() == content
+    served(b"")  # from now on it comes from the disk
+    assert list(hellaswag.iterate_examples()) == make_items(3)
+    for broken in (content[: content.index(b"\n") + 1], b""):
+        path.write_bytes(broken)
+        with pytest.raises(
+            InputError, match="hellaswag_val.jsonl is not the published file.* delete it to fetch it again"
+        ):
+            list(hellaswag.iterate_examples())
+
+
+def test_a_folder_that_takes_no_file_is_said(served, tmp_path, monkeypatch):
+    content = items_as_bytes(3)
+    monkeypatch.setattr(hellaswag, "SHA256", {})
+    served(good_answer(content))
+    (tmp_path / "hellaswag").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="cannot fetch"):
+        hellaswag.fetch("val")
+    (tmp_path / "hellaswag").unlink()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hellaswag, "atomic_write", full)
+    with pytest.raises(InputError, match="No space left"):
+        hellaswag.fetch("val")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The path of a checkpoint of a tiny model, as the trainer writes it."""
+    folder = tmp_path_factory.mktemp("run")
+    write_shards(folder / "data", [1000, 5000])
     result = run(
-        "train_gpt2.py", "--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log", "--n_layer=1", "--n_head=1",
+        "train_gpt2.py", "--data_dir", folder / "data", "--log_dir", folder / "log", "--n_layer=1", "--n_head=1",
         "--n_embd=16", "--sequence_length=256", "--total_batch_size=512", "--micro_batch_size=2", "--max_steps=1",
         "--hellaswag_every=0", "--sample_every=0", "--device=cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(12)))
-    args = ("-m", tmp_path / "log" / "model_00001.pt", "-d", "cpu", "--data", tmp_path / "items.jsonl")
-    result = run("hellaswag.py", *args)
+    return folder / "log" / "model_00001.pt"
+
+
+def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path):
+    items = make_items(12)
+    (tmp_path / "items.jsonl").write_bytes(items_as_bytes(12))
+    args = ("-m", checkpoint, "-d", "cpu", "--data", tmp_path / "items.jsonl")
+    result = run("hellaswag.py", *args, "--json", tmp_path / "scores.json")
     assert result.returncode == 0, result.stdout
-    last = result.stdout.splitlines()[-1].split()
-    assert last[0] == "12" and last[1::2] == ["acc:", "acc_norm:"] and 0 <= float(last[4]) <= 1
+    *_, before, last = result.stdout.splitlines()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["model"] == str(checkpoint) and scores["style"] == "completion" and scores["n"] == 12
+    for key, choices in (("acc", "choices"), ("acc_norm", "choices_norm")):
+        right = [choice == item["label"] for choice, item in zip(scores[choices], items, strict=True)]
+        assert scores[key] == pytest.approx(sum(right) / 12)
+        assert scores[f"{key}_stderr"] == pytest.approx(statistics.stdev(right) / 12**0.5)
+    assert last == f"12 acc: {scores['acc']:.4f} acc_norm: {scores['acc_norm']:.4f}"
+    assert f"acc {scores['acc_stderr']:.4f} acc_norm {scores['acc_norm_stderr']:.4f}" in before
+    model = load_model(str(checkpoint)).eval()
+    with torch.no_grad():
+        expected = [[loss.argmin().item() for loss in tutorial_scores(model, item)] for item in items]
+    assert [list(pair) for pair in zip(scores["choices"], scores["choices_norm"], strict=True)] == expected
     assert run("hellaswag.py", *args, "--limit", "5").stdout.splitlines()[-1].startswith("5 acc: ")
-    with pytest.raises(InputError, match="gpt2-xl"):
-        hellaswag.run("gpt5", "cpu", None, None)
+
+
+def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path):
+    (tmp_path / "items.jsonl").write_bytes(items_as_bytes(2))
+    (tmp_path / "empty.jsonl").touch()
+    good = {"-m": checkpoint, "-d": "cpu", "--data": tmp_path / "items.jsonl"}
+    for change, words in (
+        ({"--limit": 0}, "--limit is 0: it must be 1 or more"),
+        ({"--limit": -3}, "--limit is -3"),
+        ({"-d": "banana"}, "no device 'banana' here"),
+        *([] if torch.cuda.is_available() else [({"-d": "cuda"}, "no device 'cuda' here, choose")]),
+        ({"--data": tmp_path / "empty.jsonl"}, "empty.jsonl is empty"),
+        ({"--data": tmp_path}, "cannot read"),
+        ({"-m": "gpt5"}, "gpt2-xl"),
+        ({"--style": "harness"}, "line 1: --style harness needs a JSON object with activity_label, ctx_a, ctx_b"),
+        ({"--json": tmp_path / "none" / "scores.json"}, "cannot write"),
+    ):
+        flags = [part for flag in {**good, **change}.items() for part in flag]
+        result = run("hellaswag.py", *flags)
+        assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
