@@ -1,5 +1,6 @@
 """
-log.txt and the console: each metric formatted once, whole records, none lost to a full disk that gets room again.
+log.txt and the console: each metric formatted once, whole records, none lost to a full disk that gets room again; and
+reading them back.
 """
 
 import contextlib
@@ -86,3 +87,29 @@ def cut_log(path, step):
                 file.write(b"".join(record[0] + b"\n" for record in records if int(record[1]) < step))
     except OSError as error:
         raise InputError(f"cannot rewrite {path}: {error}. Make room, or mend its permissions, and resume") from None
+
+
+def read_log(path):
+    """{kind: {step: value}} of a log.txt. Where its steps go back, since a run was resumed or a second one follows, the
+    earlier records from that step on are dropped. Raises InputError where none are left."""
+    try:
+        *lines, _torn = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
+    records, last, strange = {}, 0, 0
+    for line in lines:
+        try:
+            step, kind, value = RECORD.fullmatch(line)[0].decode().split()
+            step, value = int(step), float(value)
+        except (TypeError, ValueError):  # no record, or its value is no number
+            strange += 1
+            continue
+        if step < last:
+            say(f"warning: {path} goes back from step {last} to {step}: the later records are taken")
+            records = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}
+        records.setdefault(kind, {})[step], last = value, step
+    if strange:
+        say(f"warning: {path} has {strange} lines that are no records: skipped")
+    if not records:
+        raise InputError(f"{path} has no records{'' if lines else ' yet'}, which are lines like 250 val 6.2907")
+    return records

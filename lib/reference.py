@@ -1,0 +1,62 @@
+"""
+Published runs to compare with: assets/reference_runs.csv, which says where each comes from.
+"""
+
+import csv
+import math
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+SIZES = {(12, 768): "124M", (24, 1024): "350M", (36, 1280): "774M", (48, 1600): "1558M"}  # by n_layer and n_embd
+DATASETS = ("fineweb-edu", "fineweb")
+OTHER = "other"  # a size or data set of which nothing is published
+
+
+class Published(NamedTuple):
+    """val, hella: (tokens, value) pairs; tokens are None for a model whose training is not published."""
+
+    name: str
+    dataset: str
+    val: list
+    hella: list
+
+
+def size_of(config):
+    """The size of a model with the attributes of GPTConfig, as the published runs name it."""
+    return SIZES.get((config.n_layer, config.n_embd), OTHER)
+
+
+def dataset_of(shards):
+    """The one of DATASETS that shards with these names hold: edufineweb_val_000000.npy is of fineweb-edu."""
+    if not shards or not all("fineweb" in name for name in shards):
+        return OTHER
+    return "fineweb-edu" if all("edu" in name for name in shards) else "fineweb"
+
+
+def published(size):
+    """The published runs and models of a size."""
+    with open(Path(__file__).parent.parent / "assets" / "reference_runs.csv") as file:
+        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if size in row["run"].split()]
+
+    def points(rows, column):
+        return [(int(row["tokens"]) if row["tokens"] else None, float(row[column])) for row in rows if row[column]]
+
+    runs = [(name, list(group)) for name, group in groupby(rows, key=lambda row: row["run"])]
+    return [
+        Published(name, rows[0]["dataset"].split(" ")[0], points(rows, "val_loss"), points(rows, "hellaswag_acc_norm"))
+        for name, rows in runs
+    ]
+
+
+def compare(loss, tokens, size, dataset):
+    """How a validation loss on FineWeb-Edu after so many tokens compares with the published run of that size, as text;
+    "" where there is none. Between its records their losses are a straight line over the logarithm of the tokens."""
+    for run in published(size) if dataset == "fineweb-edu" else []:
+        for (before, higher), (after, lower) in pairwise(run.val):
+            if 0 < before <= tokens <= after:
+                share = math.log(tokens / before) / math.log(after / before)
+                difference = loss - (higher + share * (lower - higher))
+                word = "worse" if difference > 0 else "better"
+                return f" | {abs(difference):.4f} {word} than {run.name} after as many tokens"
+    return ""

@@ -1,0 +1,157 @@
+"""The picture holds what the logs say, over tokens; logs as crashes leave them are drawn, others refused."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT
+
+from lib import reference
+from lib.common import InputError
+from lib.log import read_log
+from tools import plot
+from train_gpt2 import GPTConfig, main
+
+EDU = ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy"]
+
+
+def write_log(folder, text):
+    folder.mkdir(exist_ok=True)
+    (folder / "log.txt").write_text(text)
+    return folder / "log.txt"
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """What plot.main draws: a list of (panel, tokens, values, label), filled when it is called."""
+    drawn = []
+
+    def keep(curves):
+        for panel, tokens, values, style in curves:
+            drawn.append((panel, tokens.tolist(), values.tolist(), style.get("label")))
+            yield panel, tokens, values, style
+
+    for name in ("curves_of_run", "curves_of_peer"):
+        original = getattr(plot, name)
+        monkeypatch.setattr(plot, name, lambda *args, original=original: keep(original(*args)))
+    return drawn
+
+
+def test_a_run_is_drawn_over_tokens_from_its_log_and_checkpoint(tiny, tmp_path, curves, monkeypatch):
+    main(tiny(max_steps=10))
+    monkeypatch.chdir(tmp_path)
+    plot.main(["log", "--out", "out.png"])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    records = read_log(tmp_path / "log" / "log.txt")
+    by_label = {label: (panel, tokens, values) for panel, tokens, values, label in curves}
+    panel, tokens, values = by_label["log, validation"]
+    assert panel == "val" and tokens == [0, 5 * 512, 10 * 512] and values == list(records["val"].values())
+    assert by_label[None][1:] == ([step * 512 for step in range(10)], list(records["train"].values()))
+
+
+def test_two_runs_with_different_batches_lie_over_their_own_tokens(tiny, tmp_path, curves):
+    main(tiny(max_steps=2, checkpoint_every=2))
+    main(tiny(max_steps=2, checkpoint_every=2, total_batch_size=1024, log_dir=str(tmp_path / "large")))
+    plot.main([str(tmp_path / "log"), str(tmp_path / "large" / "log.txt"), "--out", str(tmp_path / "out.svg")])
+    ends = {label: tokens[-1] for _, tokens, _, label in curves if label and "validation" in label}
+    assert ends == {f"{tmp_path / 'log'}, validation": 1024, f"{tmp_path / 'large'}, validation": 2048}
+
+
+def test_published_runs_stand_beside_runs_of_their_size_and_data(tmp_path, curves):
+    log = write_log(tmp_path / "a", "0 val 10.9\n0 hella 0.25\n250 val 6.0\n250 hella 0.25\n")
+    flags = [str(log), "--tokens_per_step", "524288", "--size", "124M", "--out", str(tmp_path / "a.png")]
+    plot.main([*flags, "--dataset", "fineweb-edu"])
+    lines = {(panel, label): values for panel, _, values, label in curves}
+    assert lines["val", "OpenAI GPT-2 124M checkpoint"] == [3.2924, 3.2924]
+    assert lines["hella", "OpenAI GPT-3 124M"] == [0.337, 0.337]
+    assert len(lines["val", "GPT2-From-Scratch 124M"]) == 78
+    curves.clear()
+    plot.main([*flags, "--dataset", "other"])  # the loss on other data is no yardstick, HellaSwag is
+    assert {panel for panel, _, _, label in curves if label and label.startswith(("OpenAI", "GPT2"))} == {"hella"}
+
+
+def test_the_smoothed_curve_ignores_what_is_not_finite():
+    values = np.array([1, np.nan, np.inf] + [3] * 97)
+    smoothed = plot.smooth(values)
+    assert np.isfinite(smoothed).all() and smoothed[:2].tolist() == [1, 2] and smoothed[-1] == 3
+    assert np.isnan(plot.smooth(np.full(5, np.nan))).all()
+
+
+def test_a_torn_last_line_is_no_record(tmp_path):
+    assert read_log(write_log(tmp_path, "0 train 10.9\n1 train 9.8\n2 train 9")) == {"train": {0: 10.9, 1: 9.8}}
+
+
+def test_where_steps_go_back_the_later_records_count(tmp_path, capsys):
+    text = "0 val 9\n0 train 9\n1 train 8\n2 train 7\n2 val 7\n1 train 6\n2 train nan\nsomething else\n3 train 3.1.4\n"
+    records = read_log(write_log(tmp_path, text))
+    assert records["val"] == {0: 9} and records["train"][1] == 6 and np.isnan(records["train"][2])
+    said = capsys.readouterr().out
+    assert "goes back from step 2 to 1" in said and "2 lines that are no records" in said
+
+
+@pytest.mark.parametrize("text", ["", "5 train 3.", "nothing\n"])
+def test_a_log_without_records_is_refused(tmp_path, text):
+    with pytest.raises(InputError, match="has no records"):
+        read_log(write_log(tmp_path, text))
+
+
+def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
+    log = write_log(tmp_path / "a", "0 val 9\n")
+    for argv, message in {
+        (): "give the log_dir of a run, or --size",
+        (str(tmp_path / "none"),): "Give the log.txt of a run, or its log_dir",
+        (str(tmp_path),): "cannot read .*/log.txt",
+        (str(log),): "give --tokens_per_step",
+        (str(log), "--tokens_per_step=8", "--out", str(tmp_path / "no" / "a.png")): "cannot write",
+        (str(log), "--tokens_per_step=8", "--out", str(tmp_path / "a.doc")): "cannot write .*supported",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            plot.main([*argv])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+    def without_matplotlib(name, *args):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return importing(name, *args)
+
+    importing = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        plot.main([str(log), "--tokens_per_step=8", "--size=other", "--dataset=other"])
+
+
+def test_a_checkpoint_of_another_program_is_no_obstacle(tmp_path):
+    log = write_log(tmp_path, "0 val 9\n")
+    torch.save({"config": GPTConfig()}, tmp_path / "model_00005.pt")  # as the tutorial does
+    (tmp_path / "model_00006.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="give --tokens_per_step"):
+        plot.main([str(log)])
+    plot.main([str(log), "--tokens_per_step=8", "--out", str(tmp_path / "a.png")])
+
+
+def test_a_validation_loss_is_compared_at_the_same_number_of_tokens():
+    compare = reference.compare
+    assert compare(6.0, 131072000, "124M", "fineweb-edu") == (
+        " | 0.2907 better than GPT2-From-Scratch 124M after as many tokens"
+    )
+    assert " | 0.0100 worse than" in compare(3.2738, 9999220736, "124M", "fineweb-edu")
+    between = reference.compare(5.0, 2**18 * 700, "124M", "fineweb-edu")  # of another batch size
+    assert 0.5 < float(between.split()[1]) < 1.3 and "better" in between
+    for other in [(2**30, "350M", "fineweb-edu"), (2**30, "124M", "fineweb"), (0, "124M", "fineweb-edu")]:
+        assert compare(3.0, *other) == ""
+    assert compare(3.0, 2**40, "124M", "fineweb-edu") == ""  # beyond the last record
+
+
+def test_size_and_dataset_are_known_by_shape_and_names():
+    assert reference.size_of(GPTConfig()) == "124M" and reference.size_of(GPTConfig(n_layer=2)) == "other"
+    assert reference.dataset_of(EDU) == "fineweb-edu" and reference.dataset_of(["fineweb_val_000000.bin"]) == "fineweb"
+    assert reference.dataset_of(["tiny_val_000000.npy"]) == reference.dataset_of(None) == "other"
+
+
+def test_every_published_run_names_its_source():
+    text = (ROOT / "assets" / "reference_runs.csv").read_text()
+    comments = "".join(line for line in text.splitlines() if line.startswith("#"))
+    for size in ("124M", "350M", "774M", "1558M"):
+        for run_ in reference.published(size):
+            assert run_.name.split(f" {size}")[0] + ":" in comments
