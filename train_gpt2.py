@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import dataset, knobs, machine, plan
+from lib import dataset, knobs, machine, plan, reference
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError, get_tokenizer, run_as_command, say
 from lib.cpu_loss import ChunkedCrossEntropy
@@ -68,6 +68,7 @@ class TrainConfig:
     val_tokens: int = 10485760  # tokens a validation, over all ranks
     hellaswag_every: int = 250  # steps; 0: none
     sample_every: int = 250  # steps; 0: none
+    plot_every: int = 250  # steps from one log_dir/curve.png to the next, where matplotlib is installed; 0: none
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
     checkpoint_every: int = 1000  # steps; 0: none
     keep_checkpoints: int = 3  # so many of the newest stay on disk
@@ -94,7 +95,8 @@ PRESETS = {
     "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128, max_lr=3e-3,
         sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=150, warmup_steps=20, val_every=50,
-        val_tokens=16384, hellaswag_every=0, sample_every=150, sample_prompt="Return the", checkpoint_every=75,
+        val_tokens=16384, hellaswag_every=0, sample_every=150, plot_every=50, sample_prompt="Return the",
+        checkpoint_every=75,
     ),
 }  # fmt: skip
 
@@ -450,7 +452,6 @@ def train(config, run):
         f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}"
         + (f"\nMFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)" if run.peak_tflops else "")
     )
-
     run.say(plan.one_line(config, device))
 
     # where the run begins, or goes on
@@ -474,7 +475,8 @@ def train(config, run):
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
-            run.record("val", val_loss)
+            beside = reference.compare(val_loss, step * config.total_batch_size, model.config, data)
+            run.record("val", val_loss, beside)
 
         # once in a while: can it tell how a story goes on from three wrong endings?
         if hella and run.due(config.hellaswag_every):
@@ -487,6 +489,10 @@ def train(config, run):
             with run.clock.timing("samples"), autocast():
                 texts = sample(model, config.sample_prompt, device, config.seed)
             run.say("\n".join(f"step {step:5d} | sample {text!r}" for text in texts))
+
+        # once in a while: the curves so far, as a picture
+        if run.due(config.plot_every):
+            run.draw(reference.flags(config.total_batch_size, model.config, data))
 
         # once in a while: save all that it takes to go on from here
         if step > 0 and run.due(config.checkpoint_every):

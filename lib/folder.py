@@ -4,11 +4,14 @@ The log_dir of a run, which rank 0 holds: its lock, log.txt and checkpoints.
 
 import contextlib
 import os
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 from lib import checkpoint as checkpoints
 from lib.common import InputError, lock_folder, say
 from lib.log import Log, cut_log
+from lib.tracker import start_beside, wait_for
 
 
 class RunFolder:
@@ -16,7 +19,7 @@ class RunFolder:
 
     def __init__(self, path, keep_checkpoints):
         self.path, self.keep_checkpoints, self.saved = Path(path), keep_checkpoints, None
-        self.stack, self.log = contextlib.ExitStack(), None
+        self.stack, self.log, self.drawing = contextlib.ExitStack(), None, None
 
     def refuse_other_run(self):
         files = list(self.path.iterdir()) if self.path.is_dir() else []
@@ -43,6 +46,7 @@ class RunFolder:
         return checkpoints.newest_whole_checkpoint(self.path)
 
     def close(self):
+        wait_for(self.drawing)
         self.stack.close()
 
     def cut_log(self, step):
@@ -58,6 +62,14 @@ class RunFolder:
         else:
             say(f"WARNING: {path} COULD NOT BE SAVED: log.txt comes first")
         self.saved = flushed and saved and path
+
+    def draw(self, flags, last):
+        """Have tools/plot.py draw curve.png beside the run; one that is not done yet is not disturbed."""
+        if last:
+            wait_for(self.drawing)
+        if find_spec("matplotlib") and (self.drawing is None or self.drawing.poll() is not None):
+            folder, nowhere = self.path.absolute(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", *flags, **nowhere)
 
     def check_saved(self):
         """Raise InputError where what the run became is not all on the disk."""

@@ -49,10 +49,10 @@ def published(size):
     ]
 
 
-def compare(loss, tokens, size, dataset):
-    """How a validation loss on FineWeb-Edu after so many tokens compares with the published run of that size, as text;
-    "" where there is none. Between its records their losses are a straight line over the logarithm of the tokens."""
-    for run in published(size) if dataset == "fineweb-edu" else []:
+def compare(loss, tokens, config, shards):
+    """How the validation loss of a model on FineWeb-Edu after so many tokens compares with the published run of its
+    size, as text; "" where there is none. Between two of its records lies a straight line over log(tokens)."""
+    for run in published(size_of(config)) if dataset_of(shards) == "fineweb-edu" else []:
         for (before, higher), (after, lower) in pairwise(run.val):
             if 0 < before <= tokens <= after:
                 share = math.log(tokens / before) / math.log(after / before)
@@ -60,3 +60,9 @@ def compare(loss, tokens, size, dataset):
                 word = "worse" if difference > 0 else "better"
                 return f" | {abs(difference):.4f} {word} than {run.name} after as many tokens"
     return ""
+
+
+def flags(tokens_per_step, config, shards):
+    """What tools/plot.py has to know of a run."""
+    flags = {"--tokens_per_step": tokens_per_step, "--size": size_of(config), "--dataset": dataset_of(shards)}
+    return [str(text) for item in flags.items() for text in item]

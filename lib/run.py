@@ -133,6 +133,11 @@ class Run:
         note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
         self.record("train", loss, f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}", show or not finite)
 
+    def draw(self, flags):
+        """Have tools/plot.py draw log_dir/curve.png, with these flags."""
+        if self.rank == 0:
+            self.folder.draw(flags, last=self.step == self.max_steps)
+
     def diverged(self):
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""
         first = self.step - self.nonfinite

@@ -18,7 +18,7 @@ PROBES = ROOT / "tests" / "probes"
 TINY = dict(
     n_layer=2, n_head=2, n_embd=32, vocab_size=512, sequence_length=32, total_batch_size=512, micro_batch_size=2,
     max_steps=20, warmup_steps=2, max_lr=1e-2, val_every=5, val_tokens=1000, hellaswag_every=0, sample_every=0,
-    checkpoint_every=10, device="cpu",
+    plot_every=0, checkpoint_every=10, device="cpu",
 )  # fmt: skip
 
 

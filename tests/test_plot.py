@@ -1,11 +1,12 @@
 """The picture holds what the logs say, over tokens; logs as crashes leave them are drawn, others refused."""
 
 import builtins
+import re
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, write_shards
 
 from lib import reference
 from lib.common import InputError
@@ -131,16 +132,15 @@ def test_a_checkpoint_of_another_program_is_no_obstacle(tmp_path):
 
 
 def test_a_validation_loss_is_compared_at_the_same_number_of_tokens():
-    compare = reference.compare
-    assert compare(6.0, 131072000, "124M", "fineweb-edu") == (
-        " | 0.2907 better than GPT2-From-Scratch 124M after as many tokens"
-    )
-    assert " | 0.0100 worse than" in compare(3.2738, 9999220736, "124M", "fineweb-edu")
-    between = reference.compare(5.0, 2**18 * 700, "124M", "fineweb-edu")  # of another batch size
+    compare, gpt2 = reference.compare, GPTConfig(vocab_size=50304)
+    text = compare(6.0, 131072000, gpt2, EDU)
+    assert text == " | 0.2907 better than GPT2-From-Scratch 124M after as many tokens"
+    assert " | 0.0100 worse than" in compare(3.2738, 9999220736, gpt2, EDU)
+    between = compare(5.0, 2**18 * 700, gpt2, EDU)  # of another batch size
     assert 0.5 < float(between.split()[1]) < 1.3 and "better" in between
-    for other in [(2**30, "350M", "fineweb-edu"), (2**30, "124M", "fineweb"), (0, "124M", "fineweb-edu")]:
-        assert compare(3.0, *other) == ""
-    assert compare(3.0, 2**40, "124M", "fineweb-edu") == ""  # beyond the last record
+    assert compare(3.0, 2**30, GPTConfig(n_layer=24, n_embd=1024), EDU) == ""
+    assert compare(3.0, 2**30, gpt2, ["fineweb_val_000000.bin"]) == ""
+    assert compare(3.0, 0, gpt2, EDU) == compare(3.0, 2**40, gpt2, EDU) == ""  # before and beyond its records
 
 
 def test_size_and_dataset_are_known_by_shape_and_names():
@@ -155,3 +155,29 @@ def test_every_published_run_names_its_source():
     for size in ("124M", "350M", "774M", "1558M"):
         for run_ in reference.published(size):
             assert run_.name.split(f" {size}")[0] + ":" in comments
+
+
+def test_the_trainer_draws_while_it_runs(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "size_of", lambda config: "124M")
+    write_shards(tmp_path / "edu", [3000, 9000], name="edufineweb")
+    main(tiny(data_dir=str(tmp_path / "edu"), plot_every=5, max_steps=10))
+    picture = tmp_path / "log" / "curve.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in picture.parent.glob("*.tmp")] == []
+
+
+def test_a_picture_that_fails_ends_no_run(tiny, tmp_path):
+    (tmp_path / "log" / "curve.png").mkdir(parents=True)
+    assert main(tiny(plot_every=5, max_steps=5))["step"] == 5
+
+
+def test_the_console_says_how_the_loss_compares_and_the_log_does_not(tiny, tmp_path, monkeypatch, capsys):
+    write_shards(tmp_path / "edu", [3000, 9000], name="edufineweb")
+    theirs = reference.Published("theirs", "fineweb-edu", [(1, 0), (10**6, 0)], [])
+    monkeypatch.setattr(reference, "published", lambda size: [theirs] if size == "124M" else [])
+    for sizes, count in (({}, 0), ({(2, 32): "124M"}, 1)):
+        monkeypatch.setattr(reference, "SIZES", sizes)
+        main(tiny(data_dir=str(tmp_path / "edu"), log_dir=str(tmp_path / str(count)), max_steps=5))
+        line = r"^step     5 \| val loss (\S+) \| \1 worse than theirs after as many tokens$"
+        assert len(re.findall(line, capsys.readouterr().out, re.M)) == count
+        assert "theirs" not in (tmp_path / str(count) / "log.txt").read_text()
