@@ -72,6 +72,7 @@ class TrainConfig:
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
     checkpoint_every: int = 1000  # steps; 0: none
     keep_checkpoints: int = 3  # so many of the newest stay on disk
+    tracker: str = ""  # tensorboard | wandb, with what the console says; "": neither
     # machine
     seed: int = 1337  # of the initial weights, the data order and the samples
     device: str = "auto"  # auto | cuda | mps | cpu
@@ -491,8 +492,8 @@ def train(config, run):
             run.say("\n".join(f"step {step:5d} | sample {text!r}" for text in texts))
 
         # once in a while: the curves so far, as a picture
-        if run.due(config.plot_every):
-            run.draw(reference.flags(config.total_batch_size, model.config, data))
+        if run.rank == 0 and run.due(config.plot_every):
+            run.folder.draw(reference.flags(config.total_batch_size, model.config, data), last=step == config.max_steps)
 
         # once in a while: save all that it takes to go on from here
         if step > 0 and run.due(config.checkpoint_every):
@@ -523,8 +524,9 @@ def main(config):
         return {}
     resume = config.init_from == "resume"
     with Run(
-        config.log_dir, config.device, resume, config.keep_checkpoints, config.max_nonfinite, config.collective_timeout
-    ) as run:
+        config.log_dir, config.device, resume, config.keep_checkpoints, config.max_nonfinite, config.collective_timeout,
+        config.tracker,
+    ) as run:  # fmt: skip
         train(config, run)
     return run.metrics
 

@@ -11,14 +11,15 @@ from pathlib import Path
 from lib import checkpoint as checkpoints
 from lib.common import InputError, lock_folder, say
 from lib.log import Log, cut_log
-from lib.tracker import start_beside, wait_for
+from lib.tracker import Tracker, start_beside, wait_for
 
 
 class RunFolder:
     """saved: the path of the last checkpoint, False where it could not be written, None where none was due yet."""
 
-    def __init__(self, path, keep_checkpoints):
+    def __init__(self, path, keep_checkpoints, tracker=""):
         self.path, self.keep_checkpoints, self.saved = Path(path), keep_checkpoints, None
+        self.tracker = Tracker(tracker)
         self.stack, self.log, self.drawing = contextlib.ExitStack(), None, None
 
     def refuse_other_run(self):
@@ -49,8 +50,11 @@ class RunFolder:
         wait_for(self.drawing)
         self.stack.close()
 
-    def cut_log(self, step):
+    def begin(self, step, settings):
+        """Let the records begin at this step, in log.txt and with the tracker."""
         cut_log(self.path / "log.txt", step)
+        self.tracker.start(self.path, step, settings)
+        self.stack.callback(self.tracker.close)
 
     def save(self, contents):
         """Save a checkpoint; the log is never behind it."""

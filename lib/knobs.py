@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from lib.common import InputError
@@ -26,7 +27,11 @@ RANGES = {
     "max_nonfinite": (1, 2**31),
     "collective_timeout": (1, 10**7),
 }
-CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float16", "float32")}
+CHOICES = {
+    "device": ("auto", "cuda", "mps", "cpu"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "tracker": ("", "tensorboard", "wandb"),
+}
 FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
 CHANGEABLE = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
 
@@ -77,6 +82,10 @@ def conditions(c, world_size, model_names):
             f"vocab_size {c.vocab_size} is below 50257: it needs --sample_every 0 --hellaswag_every 0",
         ),
         (
+            not c.tracker or find_spec(c.tracker),
+            f"tracker is {c.tracker!r}, which is not installed: pip install {c.tracker}, or give no --tracker",
+        ),
+        (
             c.sample_prompt or not c.sample_every,
             "sample_prompt is empty: give the samples a beginning, or --sample_every 0",
         ),
@@ -91,7 +100,8 @@ def check(c, world_size, model_names):
             raise InputError(f"{name} is {getattr(c, name)}: it must be {limit}")
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
-            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {' '.join(choices)}")
+            names = " ".join(choice or "empty" for choice in choices)
+            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {names}")
     for holds, message in conditions(c, world_size, model_names):
         if not holds:
             raise InputError(message)

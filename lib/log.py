@@ -27,11 +27,15 @@ METRICS = {  # by the kind of record in log.txt
 
 
 def rates(seconds, tokens, flops_per_token, peak_tflops, steps_left):
-    """The speed of a step of so many tokens as text; with MFU, the share of the peak, where that is known, not 0."""
+    """The speed of a step of so many tokens, as numbers and as text; with MFU, the share of the peak, where that is
+    known, not 0."""
     speed, left = tokens / seconds, seconds * steps_left
-    mfu = f" | MFU {speed * flops_per_token / (peak_tflops * 1e12):.1%}" if peak_tflops else ""
+    numbers = {"tokens_per_second": speed}
+    if peak_tflops:
+        numbers["mfu"] = speed * flops_per_token / (peak_tflops * 1e12)
+    mfu = f" | MFU {numbers['mfu']:.1%}" if peak_tflops else ""
     time_left = f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m" if left >= 60 else f"{left:.0f}s"
-    return f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | {time_left} left"
+    return numbers, f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | {time_left} left"
 
 
 class Log:

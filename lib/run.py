@@ -24,8 +24,8 @@ class Run:
     gradient; metrics: the latest of each.
     """
 
-    def __init__(self, log_dir, device, resume, keep_checkpoints, max_nonfinite, collective_timeout):
-        self.folder, self.resume = RunFolder(log_dir, keep_checkpoints), resume
+    def __init__(self, log_dir, device, resume, keep_checkpoints, max_nonfinite, collective_timeout, tracker):
+        self.folder, self.resume = RunFolder(log_dir, keep_checkpoints, tracker), resume
         self.requested_device, self.collective_timeout, self.max_nonfinite = device, collective_timeout, max_nonfinite
         self.step, self.nonfinite, self.metrics, self.clock = 0, 0, {"val_loss": None}, machine.Stopwatch()
         self.stack = contextlib.ExitStack()
@@ -79,7 +79,7 @@ class Run:
         elif self.resume:
             self.say(f"no checkpoint in {self.folder.path}/ yet: starting at step 0")
         if self.rank == 0:
-            self.folder.cut_log(self.step)
+            self.folder.begin(self.step, settings["train_config"])
 
     def save(self):
         """Save a checkpoint of the steps done; where that fails it is said, and the run goes on."""
@@ -116,11 +116,13 @@ class Run:
         if self.rank == 0:
             say(message)
 
-    def record(self, kind, value, more="", show=True):
-        """Record a metric of this step, "train", "val" or "hella", in log.txt and, with `show`, on the console."""
+    def record(self, kind, value, more="", show=True, **numbers):
+        """Record a metric of this step, "train", "val" or "hella": in log.txt, with its numbers in the tracker, and, with
+        `show` and `more`, on the console."""
         self.metrics[METRICS[kind].name] = value
         if self.rank == 0:
             self.folder.log.record(self.step, kind, value)
+            self.folder.tracker.send(self.step, {METRICS[kind].name: value, **numbers})
         if show:
             steps = f"{self.step:5d}" + (f"/{self.max_steps}" if kind == "train" else "")
             self.say(f"step {steps} | {METRICS[kind].label} {value:{METRICS[kind].format}}{more}")
@@ -129,14 +131,10 @@ class Run:
         """Record an optimizer step, and count those in a row whose update was skipped, which are always shown."""
         self.nonfinite = 0 if finite else self.nonfinite + 1
         seconds, peak = self.clock.last, self.world_size * (self.peak_tflops or 0)
-        text = rates(seconds, *self.cost, peak, self.max_steps - self.step - 1)
+        numbers, text = rates(seconds, *self.cost, peak, self.max_steps - self.step - 1)
         note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
-        self.record("train", loss, f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}", show or not finite)
-
-    def draw(self, flags):
-        """Have tools/plot.py draw log_dir/curve.png, with these flags."""
-        if self.rank == 0:
-            self.folder.draw(flags, last=self.step == self.max_steps)
+        more = f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}"
+        self.record("train", loss, more, show or not finite, lr=lr, norm=norm, **numbers)
 
     def diverged(self):
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""

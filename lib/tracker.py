@@ -1,14 +1,20 @@
 """
-What happens beside a run, in processes of their own, that it need not wait for.
+What happens beside a run, in processes of their own that cannot stop it: the picture of its curves, and TensorBoard or
+wandb, to which every number goes that the console says.
 """
 
 import contextlib
+import json
+import os
+import secrets
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-PATIENCE = 10  # seconds that the end of a run waits for them
+from lib.common import say
+
+PATIENCE = 10  # seconds that the end of a run waits for such a process, which goes on by itself after them
 
 
 def start_beside(*command, **streams):
@@ -21,3 +27,81 @@ def start_beside(*command, **streams):
 def wait_for(process):
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process and process.wait(PATIENCE)
+
+
+class Tracker:
+    """kind: "tensorboard", "wandb" or "" for none. Its process ends when the run does, however that ends."""
+
+    def __init__(self, kind):
+        self.kind, self.process, self.stalled = kind, None, False
+
+    def start(self, log_dir, step, settings):
+        """Begin or continue the curves of log_dir at a step."""
+        if self.kind:
+            command = "-c", "from lib.tracker import follow; follow()", self.kind, Path(log_dir).absolute()
+            self.process = start_beside(*command, stdin=subprocess.PIPE)
+            os.set_blocking(self.process.stdin.fileno(), False)
+            self.send(step, settings)
+
+    def send(self, step, numbers):
+        """Pass on the numbers of a step, without waiting: the pipe holds some 500 records, more are dropped."""
+        try:
+            if self.process:  # so few bytes are written whole or not at all
+                os.write(self.process.stdin.fileno(), json.dumps([step, numbers]).encode() + b"\n")
+        except BlockingIOError:
+            if not self.stalled:
+                say(f"warning: {self.kind} does not keep up at step {step}: it will lack records, log.txt has them all")
+            self.stalled = True
+        except BrokenPipeError:
+            if wait_for(self.process) != 1:  # else it has said why
+                say(f"warning: the process of {self.kind} was ended: log.txt has every number")
+            self.process = None
+
+    def close(self):
+        if self.process:
+            self.process.stdin.close()
+            wait_for(self.process)
+
+
+def follow():
+    """The process beside the run: pass on what comes in, up to the end of the run."""
+    kind, log_dir = sys.argv[1:]
+    records = map(json.loads, os.fdopen(os.dup(0), "rb"))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is ours alone: wandb starts processes, which would keep it
+    try:
+        step, settings = next(records)
+        log, close = {"tensorboard": open_tensorboard, "wandb": open_wandb}[kind](Path(log_dir), step, settings)
+        for step, numbers in records:
+            log(step, numbers)
+        close()
+    except Exception as error:  # of any package on the way
+        say(f"warning: {kind} has failed, log.txt has every number: {type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def open_tensorboard(log_dir, step, settings):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # what a killed run wrote from this step on is hidden
+    writer = SummaryWriter(log_dir / "tensorboard", purge_step=step, flush_secs=10)
+    writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()), step)
+
+    def log(step, numbers):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def open_wandb(log_dir, step, settings):
+    import wandb
+
+    path = log_dir / "wandb_id.txt"
+    if step == 0 or not path.exists():
+        path.write_text(secrets.token_hex(4))
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "train_gpt2"), name=os.environ.get("WANDB_NAME", log_dir.name),
+        dir=log_dir, id=path.read_text(), resume="allow", config=settings,
+    )  # fmt: skip
+    run.define_metric("*", step_metric="step")  # wandb's own steps cannot go back, as those of a resumed run do
+    return (lambda step, numbers: run.log({"step": step, **numbers})), run.finish
