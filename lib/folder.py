@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib import checkpoint as checkpoints
 from lib.common import InputError, lock_folder, say
-from lib.log import Log, cut_log
+from lib.log import METRICS, Log, cut_log
 from lib.tracker import Tracker, start_beside, wait_for
 
 
@@ -55,6 +55,11 @@ class RunFolder:
         cut_log(self.path / "log.txt", step)
         self.tracker.start(self.path, step, settings)
         self.stack.callback(self.tracker.close)
+
+    def record(self, step, kind, value, numbers):
+        """Add a record to log.txt, and to the tracker with more numbers of the step."""
+        self.log.record(step, kind, value)
+        self.tracker.send(step, {METRICS[kind].name: value, **numbers})
 
     def save(self, contents):
         """Save a checkpoint; the log is never behind it."""

@@ -117,12 +117,10 @@ class Run:
             say(message)
 
     def record(self, kind, value, more="", show=True, **numbers):
-        """Record a metric of this step, "train", "val" or "hella": in log.txt, with its numbers in the tracker, and, with
-        `show` and `more`, on the console."""
+        """Record a metric of this step, "train", "val" or "hella", in log_dir and, with `show`, on the console."""
         self.metrics[METRICS[kind].name] = value
         if self.rank == 0:
-            self.folder.log.record(self.step, kind, value)
-            self.folder.tracker.send(self.step, {METRICS[kind].name: value, **numbers})
+            self.folder.record(self.step, kind, value, numbers)
         if show:
             steps = f"{self.step:5d}" + (f"/{self.max_steps}" if kind == "train" else "")
             self.say(f"step {steps} | {METRICS[kind].label} {value:{METRICS[kind].format}}{more}")
@@ -132,8 +130,7 @@ class Run:
         self.nonfinite = 0 if finite else self.nonfinite + 1
         seconds, peak = self.clock.last, self.world_size * (self.peak_tflops or 0)
         numbers, text = rates(seconds, *self.cost, peak, self.max_steps - self.step - 1)
-        note = "" if finite else " | UPDATE SKIPPED, NOT FINITE"
-        more = f" | lr {lr:.4e} | norm {norm:.4f} | {text}{note}"
+        more = f" | lr {lr:.4e} | norm {norm:.4f} | {text}" + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
         self.record("train", loss, more, show or not finite, lr=lr, norm=norm, **numbers)
 
     def diverged(self):
