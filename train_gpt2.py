@@ -129,11 +129,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash attention, where the device has it
+        if cache is not None:  # (2, B, nh, length, hs): keys and values, up to now of the `start` tokens before these
+            cache[:, :, :, start : start + T] = torch.stack((k, v))
+            k, v = cache[:, :, :, : start + T].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)  # flash attention, where the device has it
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -155,8 +158,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -191,17 +194,22 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0, 0.02)
 
-    def hidden_states(self, idx):
-        """All of the model but its head: token ids (B, T) int64 to (B, T, n_embd)."""
-        T = idx.size(1)
+    def hidden_states(self, idx, cache=None, start=0):
+        """All of the model but its head: token ids (B, T) int64 to (B, T, n_embd).
+
+        cache: for generating, (n_layer, 2, B, n_head, length, n_embd / n_head), which takes the keys and values of the
+        tokens. Their first `start` are in it from earlier calls, and idx is what follows: a single token, if start > 0.
+        """
+        T = start + idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}: shorten it")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:T]  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half of its traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block in self.transformer.h:
+        for i, block in enumerate(self.transformer.h):
             recompute = self.activation_checkpointing and torch.is_grad_enabled()
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            past = None if cache is None else cache[i]
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x, past, start)
         return self.transformer.ln_f(x.float())  # CUDA's autocast does it by itself, the CPU's does not
 
     def head(self, x):
@@ -360,17 +368,44 @@ def evaluate_loss(model, loader, num_sequences, device, before_batch=lambda: Non
     return total / count
 
 
+def choose(logits, temperature, top_k, top_p, generator):
+    """Sample an id for each row of logits (B, V): (B, 1).
+
+    It is one of the top_k likeliest (0: of all), of which only the likeliest that together reach the probability top_p
+    stay. A temperature below 1 favors the likelier ones; 0 always takes the likeliest.
+    """
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    V = logits.size(1)
+    values, candidates = logits.topk(min(top_k or V, V))  # the likeliest first
+    p = F.softmax(values / temperature, dim=1)
+    if top_p < 1:
+        p[p.cumsum(dim=1) - p >= top_p] = 0  # those before it reach top_p without it
+    return candidates.gather(1, torch.multinomial(p, num_samples=1, generator=generator))
+
+
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None):
+    """Yield the next ids (B, 1) of token ids (B, T), max_new_tokens times. The model should be in eval mode."""
+    c = model.config
+    length = min(idx.size(1) + max_new_tokens, c.block_size)
+    cache = torch.empty(c.n_layer, 2, len(idx), c.n_head, length, c.n_embd // c.n_head, device=idx.device)
+    start = 0  # tokens in the cache
+    for _ in range(max_new_tokens):
+        idx = idx[:, -c.block_size :]
+        hidden = model.hidden_states(idx[:, start:], cache, start)
+        logits = model.head(hidden[:, -1])[:, :50257]  # the padded ids are not tokens
+        token = choose(logits, temperature, top_k, top_p, generator)
+        yield token
+        start = idx.size(1) % c.block_size  # 0 where it is full: now it moves on, and every token's position changes
+        idx = torch.cat([idx, token], dim=1)
+
+
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None):
     """Continue token ids (B, T) by sampling max_new_tokens more: (B, T + max_new_tokens)."""
     was_training = model.training
     model.eval()
-    for _ in range(max_new_tokens):
-        hidden = model.hidden_states(idx[:, -model.config.block_size :])
-        logits = model.head(hidden[:, -1])[:, :50257] / temperature  # (B, 50257): the padded ids are not tokens
-        values, candidates = logits.nan_to_num().topk(top_k)  # NaN: a run that diverged, as its next step says
-        choice = torch.multinomial(F.softmax(values, dim=-1), num_samples=1, generator=generator)
-        idx = torch.cat([idx, candidates.gather(1, choice)], dim=1)
+    idx = torch.cat([idx, *stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
     model.train(was_training)
     return idx
 
