@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import dataset, knobs, machine, plan, reference
+from lib import dataset, hugging_face, knobs, machine, plan, reference
 from lib.checkpoint import load_checkpoint
 from lib.common import InputError, get_tokenizer, run_as_command, say
 from lib.cpu_loss import ChunkedCrossEntropy
@@ -46,7 +46,7 @@ class TrainConfig:
     data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
     data_source: str = ""  # what fineweb.py builds a missing data_dir from; "": nothing, missing data are an error
     log_dir: str = "log"  # folder for log.txt and checkpoints
-    init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint's path
+    init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint or export
     # model: GPT-2 124M
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads of a block, n_embd / n_head channels each
@@ -244,13 +244,7 @@ class GPT(nn.Module):
             theirs = GPT2LMHeadModel.from_pretrained(name)
         except (ImportError, OSError) as error:
             raise InputError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
-        c, weights = theirs.config, theirs.state_dict()
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-        for key, own in model.state_dict().items():
-            # OpenAI's linear layers were 1x1 convolutions, with weights (in, out) where nn.Linear has (out, in)
-            is_linear = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            own.copy_(weights[key].t() if is_linear else weights[key])
-        return model
+        return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), cls, GPTConfig)
 
     def flops_per_token(self):
         """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention."""
@@ -269,12 +263,13 @@ class GPT(nn.Module):
 
 
 def load_model(name):
-    """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint."""
+    """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint or of a folder by tools/export_hf.py."""
     if name in OPENAI_MODELS:
         return GPT.from_pretrained(name)
-    if not Path(name).is_file():
-        raise InputError(f"{name!r} is no checkpoint file and none of {', '.join(OPENAI_MODELS)}")
-    return rebuild(load_checkpoint(name), GPT, GPTConfig)
+    if not Path(name).exists():
+        raise InputError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
+    read = hugging_face.read_folder if Path(name).is_dir() else load_checkpoint
+    return rebuild(read(name), GPT, GPTConfig)
 
 
 def initial_model(config, checkpoint):

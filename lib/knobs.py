@@ -74,7 +74,7 @@ def conditions(c, world_size, model_names):
             f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}",
         ),
         (
-            c.init_from in ("scratch", "resume", *model_names) or Path(c.init_from).is_file(),
+            c.init_from in ("scratch", "resume", *model_names) or Path(c.init_from).exists(),
             f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(model_names)}",
         ),
         (
