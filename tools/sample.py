@@ -1,0 +1,130 @@
+"""
+Text from a model, printed as it is written.
+
+    python -m tools.sample demo_log/model_00150.pt --prompt "Return the"
+    python -m tools.sample gpt2 --prompt FILE:story.txt --num_samples 3 --top_p 0.9
+    python -m tools.sample log/model_19073.pt            # asks for one prompt after the other; Ctrl-D ends it
+
+The model is a checkpoint, a folder by tools/export_hf.py, or an OpenAI name. A text ends at <|endoftext|>. GPT-2 goes
+on with a text, it does not answer: give it the beginning of what you want to read. An empty prompt begins a new text.
+"""
+
+import argparse
+import codecs
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from lib.common import EOT, InputError, get_tokenizer, run_as_command
+from train_gpt2 import load_model, stream
+
+RANGES = {  # from, to
+    "temperature": (0, 1e30), "top_k": (0, 50257), "top_p": (1e-9, 1), "max_new_tokens": (0, 10**9),
+    "num_samples": (1, 10**9), "seed": (0, 2**63 - 1),
+}  # fmt: skip
+
+
+def read_prompt(prompt):
+    """The text that --prompt stands for; None: standard input. The last newline of a file is not part of it."""
+    try:
+        if prompt is None:
+            data = sys.stdin.buffer.read().removesuffix(b"\n")
+        elif prompt.startswith("FILE:"):
+            data = Path(prompt.removeprefix("FILE:")).read_bytes().removesuffix(b"\n")
+        else:
+            data = prompt.encode()
+        return data.decode()
+    except OSError as error:
+        raise InputError(f"cannot read the prompt: {error}. Name another file, or give the text itself") from None
+    except UnicodeError as error:
+        raise InputError(f"the prompt is no UTF-8 text ({error}): convert it, or give another") from None
+
+
+def ask():
+    """Yield the lines that are typed at the terminal."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() then edits lines and remembers them
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("prompt> ")
+
+
+def write(text):
+    """Print a piece of text at once, whatever the terminal's encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def load(name, device):
+    """The model, ready to write, on its device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        raise InputError(f"cannot use the device {device!r} ({str(error):.80}): try -d cpu") from None
+    model = load_model(name).eval()
+    if model.config.vocab_size <= EOT:
+        raise InputError(f"{name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it cannot write text")
+    if device == "cpu":  # a single token reads every matrix once, which on CPUs is faster column by column
+        for parameter in model.parameters():
+            parameter.data = parameter.data.t().contiguous().t()
+    return model.to(device)
+
+
+def run(args):
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(args, name) <= most:  # so that NaN is refused, too
+            raise InputError(f"{name} is {getattr(args, name)}: it must be from {least} to {most}")
+    prompts = ask() if args.prompt is None and sys.stdin.isatty() else [read_prompt(args.prompt)]
+    torch.set_float32_matmul_precision("high")
+    model = load(args.model, args.device)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    temperature = args.temperature if args.temperature > 1e-5 else 0  # what divides by less would overflow
+    for prompt in prompts:
+        ids, room = get_tokenizer().encode_ordinary(prompt) or [EOT], model.config.block_size
+        if len(ids) > room:
+            print(f"the prompt has {len(ids):,} tokens, the model sees its last {room:,}", file=sys.stderr)
+        for number in range(args.num_samples):
+            write("---------------\n" * (number > 0) + prompt)
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
+            idx = torch.tensor([ids[-room:]], device=args.device)
+            for token in stream(model, idx, args.max_new_tokens, temperature, args.top_k, args.top_p, generator):
+                if token.item() == EOT:
+                    break
+                write(decoder.decode(get_tokenizer().decode_single_token_bytes(token.item())))
+            write(decoder.decode(b"", final=True) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    parser.add_argument("model", help="a checkpoint, an exported folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    parser.add_argument("--prompt", help="what to go on with, or FILE:name (default: standard input, or ask)")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt (default: %(default)s)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=200,
+        help="at most so many (default: %(default)s); past the model's context length each one takes longer",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=50, help="of the k likeliest; 0: of all (default: %(default)s)")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="of the likeliest that reach this probability (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed, the same texts (default: %(default)s)")
+    parser.add_argument("-d", "--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, quietly
+    try:
+        run_as_command(run, parser.parse_args())
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
