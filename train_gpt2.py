@@ -363,7 +363,7 @@ def evaluate_loss(model, loader, num_sequences, device, before_batch=lambda: Non
     return total / count
 
 
-def choose(logits, temperature, top_k, top_p, generator):
+def sample_token(logits, temperature, top_k, top_p, generator):
     """Sample an id for each row of logits (B, V): (B, 1).
 
     It is one of the top_k likeliest (0: of all), of which only the likeliest that together reach the probability top_p
@@ -389,8 +389,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
     for _ in range(max_new_tokens):
         idx = idx[:, -c.block_size :]
         hidden = model.hidden_states(idx[:, start:], cache, start)
-        logits = model.head(hidden[:, -1])[:, :50257]  # the padded ids are not tokens
-        token = choose(logits, temperature, top_k, top_p, generator)
+        logits = model.head(hidden[:, -1])[:, :50257].nan_to_num()  # padded ids are no tokens; NaN: a run that diverged
+        token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
         start = idx.size(1) % c.block_size  # 0 where it is full: now it moves on, and every token's position changes
         idx = torch.cat([idx, token], dim=1)
@@ -540,7 +540,8 @@ def train(config, run):
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
         run.record_step(loss, norm, lr, finite, show=run.due(config.log_every))
-    run.finish("python hellaswag.py -m {checkpoint}")
+    score = "; python hellaswag.py -m {checkpoint}" if hella else ""
+    run.finish(f'python -m tools.sample {{checkpoint}} --prompt "{config.sample_prompt}"{score}')
 
 
 def main(config):

@@ -147,4 +147,6 @@ class Run:
         self.folder.check_saved()
         self.say(f"done: {self.clock}")
         if self.folder.saved:
-            self.say(f"All is in {self.folder.path}/\nnext: {hint.format(checkpoint=self.folder.saved)}")
+            hint = hint.replace("{checkpoint}", str(self.folder.saved))
+            self.say(f"All is in {self.folder.path}/
+next: {hint}")
