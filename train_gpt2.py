@@ -478,12 +478,7 @@ def train(config, run):
     dtype = machine.choose_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
-    run.say(
-        f"GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, on {run.world_size} x {run.device_name}, "
-        f"{dtype}, compile {'off' if compiled is model else 'on'}, torch {torch.__version__}"
-        + (f"\nMFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)" if run.peak_tflops else "")
-    )
-    run.say(plan.one_line(config, device))
+    run.say(plan.headline(config, model, run, dtype, compiled is not model))
 
     # where the run begins, or goes on
     settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data}

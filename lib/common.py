@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -124,14 +123,6 @@ def hash_file(path, digest=None):
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def git_commit():
-    """The commit of this code, None where it is no git checkout."""
-    root = Path(__file__).parent.parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", root, "rev-parse", "HEAD"] if (root / ".git").exists() else ["false"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @functools.cache

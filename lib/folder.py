@@ -14,6 +14,14 @@ from lib.log import METRICS, Log, cut_log
 from lib.tracker import Tracker, start_beside, wait_for
 
 
+def git_commit():
+    """The commit of this code, None where it is no git checkout."""
+    root = Path(__file__).parent.parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", root, "rev-parse", "HEAD"] if (root / ".git").exists() else ["false"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 class RunFolder:
     """saved: the path of the last checkpoint, False where it could not be written, None where none was due yet."""
 

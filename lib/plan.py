@@ -2,6 +2,8 @@
 What a run will take, computed before it starts: parameters, operations, memory, disk, hours. No GPU and no data needed.
 """
 
+import torch
+
 GIB = 2**30
 MEASURED = "one H200 reached in GPT-2 124M's step (bfloat16, compile, torch 2.11.0, 2026-11-22)"
 MFU = 0.447
@@ -41,15 +43,22 @@ def memory_bytes(c, sequences, checkpointing=False):
     return state_bytes(c) + activation_bytes(c, sequences, checkpointing)
 
 
-def one_line(c, device):
-    """The plan in a line, for the start of a run; with a warning where it would take a CPU years."""
-    tokens, n = c.max_steps * c.total_batch_size, sum(count_parameters(c).values())
-    on_cpu = device.type == "cpu" and tokens * flops_per_token(c) > 1e17  # a day or more
-    return (
+def headline(c, model, run, dtype, compiled):
+    """What a run says at its start: the model, the machine, and the plan in a line, with a warning where no CPU would
+    come to its end."""
+    tokens, n = c.max_steps * c.total_batch_size, sum(p.numel() for p in model.parameters())
+    flops = tokens * model.flops_per_token()
+    lines = [
+        f"GPT-2, {n:,} parameters, on {run.world_size} x {run.device_name}, {dtype}, "
+        f"compile {'on' if compiled else 'off'}, torch {torch.__version__}",
         f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} a parameter, "
-        f"{tokens * flops_per_token(c):.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB"
-        + ("\nwarning: torch sees no GPU, see nvidia-smi; for a CPU, try --preset demo" if on_cpu else "")
-    )
+        f"{flops:.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB",
+    ]
+    if run.peak_tflops:
+        lines.append(f"MFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)")
+    if run.device.type == "cpu" and flops > 1e17:  # a day or more
+        lines.append("warning: torch sees no GPU, see nvidia-smi; for a CPU, try --preset demo")
+    return "\n".join(lines)
 
 
 def describe(c):

@@ -9,8 +9,8 @@ import torch
 
 from lib import checkpoint as checkpoints
 from lib import machine
-from lib.common import InputError, git_commit, report, say
-from lib.folder import RunFolder
+from lib.common import InputError, report, say
+from lib.folder import RunFolder, git_commit
 from lib.knobs import compare_runs
 from lib.log import METRICS, rates
 from lib.restore import restore, tensors_of
@@ -148,5 +148,4 @@ class Run:
         self.say(f"done: {self.clock}")
         if self.folder.saved:
             hint = hint.replace("{checkpoint}", str(self.folder.saved))
-            self.say(f"All is in {self.folder.path}/
-next: {hint}")
+            self.say(f"All is in {self.folder.path}/\nnext: {hint}")

@@ -184,6 +184,7 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
     write_shards(tmp_path / "data", [1500, 5000])
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
     monkeypatch.setattr(hellaswag, "FOLDER", tmp_path)
+    monkeypatch.setattr(hellaswag, "SHA256", {})  # not the published file
     config = TrainConfig(**{**TINY, "vocab_size": 50304, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 3,
                             "sample_every": 3, "data_dir": str(tmp_path / "data"),
                             "log_dir": str(tmp_path / "log")})  # fmt: skip
