@@ -1,11 +1,11 @@
 """
-GPT-2 in Hugging Face's layout: the names and shapes of its config and its weights, and ours.
+GPT-2 in Hugging Face's layout: the names and shapes of its config and weights, and ours; its vocabulary as text.
 """
 
 import json
 from pathlib import Path
 
-from lib.common import EOT, InputError
+from lib.common import EOT, InputError, get_tokenizer
 
 CONFIG = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
 FIXED = {  # what our code computes; these are also the defaults of a config.json that does not say
@@ -60,3 +60,24 @@ def read_folder(folder):
         return to_ours(config, load_file(Path(folder) / "model.safetensors"))
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise InputError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: {error}") from None
+
+
+def split(token, ranks):
+    """The two tokens that were merged into this one (bytes): what the merges of lower ranks make of its bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, EOT) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def vocabulary():
+    """OpenAI's vocab.json, a dict from text to id, and the merges of its merges.txt, from the ranks in assets/."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in kept]  # have printable names, too, as in OpenAI's encoder.py
+    names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    ranks = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
+    text = {token: "".join(names[byte] for byte in token) for token in ranks}
+    merges = [" ".join(text[part] for part in split(token, ranks)) for token in ranks if len(token) > 1]
+    return {**{text[token]: rank for token, rank in ranks.items()}, "<|endoftext|>": EOT}, merges

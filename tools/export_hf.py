@@ -1,0 +1,138 @@
+"""
+A checkpoint as a folder in Hugging Face's layout, which transformers, llama.cpp and the hub read.
+
+    python -m tools.export_hf log/model_19073.pt my_gpt2
+
+Takes pip install safetensors. The folder has OpenAI's 50257 tokens, without the rows that pad the vocabulary, and goes
+wherever a checkpoint does: --init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m tools.sample my_gpt2.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from lib.checkpoint import load_checkpoint
+from lib.common import EOT, InputError, run_as_command
+from lib.hugging_face import to_theirs, vocabulary
+from lib.restore import rebuild
+from lib.shards import read_manifest
+from train_gpt2 import GPT, GPTConfig
+
+CARD = """---
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2]{datasets}
+---
+
+# GPT-2, {parameters:.0f}M parameters
+
+A GPT-2 of {n_layer} layers, {n_head} heads and {n_embd} channels, with a context of {block_size} tokens, trained with
+train_gpt2.py{commit}.
+
+{facts}
+
+It continues text; it was not taught to answer or to be harmless.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER)
+ids = tokenizer("The water", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50, do_sample=True, top_k=50)[0]))
+```
+"""
+
+
+def write_tokenizer(folder, context):
+    """OpenAI's vocab.json and merges.txt, for older programs, and tokenizer.json, which holds both."""
+    vocab, merges = vocabulary()
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": EOT, "content": "<|endoftext|>", "special": True, "normalized": False}
+    end |= {"single_word": False, "lstrip": False, "rstrip": False}
+    bpe = {"type": "BPE", "vocab": vocab, "merges": merges}
+    whole = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": by_bytes, "decoder": by_bytes, "model": bpe}
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, "add_prefix_space": False, **special}
+    write_json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n")
+    write_json(folder / "tokenizer.json", whole)
+    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False}, indent=2)
+
+
+def write_json(path, contents, indent=None):
+    path.write_text(json.dumps(contents, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8", newline="\n")
+
+
+def model_card(checkpoint, path, parameters):
+    """README.md: what the checkpoint, its log and the manifest of its data know of how the model came to be."""
+    train, step, datasets = checkpoint["train_config"], checkpoint["step"], ""
+    folder = Path(train.get("data_dir", "unknown"))
+    manifest = (read_manifest(folder) if folder.is_dir() else None) or {}
+    data = [manifest.get("source") or train.get("data_source") or str(folder)]
+    if manifest.get("revision"):  # on the hub
+        datasets = f"\ndatasets: [{data[0]}]"
+        data.append(f"at revision {manifest['revision']}")
+    origin = train.get("init_from", "scratch").replace("resume", "scratch")
+    tokens = step * train.get("total_batch_size", 0)
+    facts = {"data": " ".join(data), "training": f"{step:,} steps, {tokens:,} tokens, from {origin}"}
+    log = path.parent / "log.txt"
+    records = re.findall(r"^(\d+) (train|val|hella) (\S+)$", log.read_text() if log.is_file() else "", re.M)
+    last = {kind: value for at, kind, value in records if int(at) == (step - 1 if kind == "train" else step)}
+    if checkpoint.get("val_loss") is not None:
+        last.setdefault("val", f"{checkpoint['val_loss']:.4f}")
+    names = {"train": "last training loss, nats a token", "val": "validation loss, nats a token"}
+    names["hella"] = "HellaSwag acc_norm, completion style"
+    facts |= {names[kind]: last[kind] for kind in names if kind in last}
+    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    commit = f" at commit {checkpoint['commit']}" if checkpoint.get("commit") else ""
+    about = {"parameters": parameters / 1e6, "commit": commit, "datasets": datasets}
+    return CARD.format(**checkpoint["config"], **about, facts=f"| | |\n|---|---|\n{rows}")
+
+
+def export(path, folder):
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise InputError("the export takes pip install safetensors") from None
+    path, folder = Path(path), Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already and is not empty: name a new folder, or delete it")
+    checkpoint = load_checkpoint(path, mmap=True)
+    model = rebuild(checkpoint, GPT, GPTConfig)
+    if model.config.vocab_size <= EOT:
+        raise InputError(f"{path} knows {model.config.vocab_size} ids, fewer than the 50257 of GPT-2's tokenizer")
+    config, weights = to_theirs(checkpoint["config"], model.state_dict())
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # the folder is there whole or not at all
+    try:
+        unfinished.mkdir(parents=True)
+        write_json(unfinished / "config.json", config, indent=2)
+        write_json(unfinished / "generation_config.json", {"bos_token_id": EOT, "eos_token_id": EOT}, indent=2)
+        write_tokenizer(unfinished, config["n_positions"])
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # it makes it private
+        card = model_card(checkpoint, path, sum(weight.numel() for weight in weights.values()))
+        (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        os.replace(unfinished, folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", help="a checkpoint of train_gpt2.py")
+    parser.add_argument("folder", help="the folder to make; it may be there, if it is empty")
+    args = parser.parse_args()
+    run_as_command(export, args.checkpoint, args.folder)
+
+
+if __name__ == "__main__":
+    main()
