@@ -48,7 +48,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50, do_sample=True, 
 
 
 def write_tokenizer(folder, context):
-    """OpenAI's vocab.json and merges.txt, for older programs, and tokenizer.json, which holds both."""
+    """OpenAI's vocab.json and merges.txt, byte for byte, and tokenizer.json, which newer programs read."""
     vocab, merges = vocabulary()
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"id": EOT, "content": "<|endoftext|>", "special": True, "normalized": False}
@@ -64,7 +64,7 @@ def write_tokenizer(folder, context):
 
 
 def write_json(path, contents, indent=None):
-    path.write_text(json.dumps(contents, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(json.dumps(contents, indent=indent))
 
 
 def model_card(checkpoint, path, parameters):

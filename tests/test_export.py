@@ -1,0 +1,218 @@
+"""The exported folder is the same model and the same tokenizer, for transformers and for ourselves."""
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support import ROOT, losses, run, write_shards
+
+import train_gpt2
+from lib.checkpoint import write_checkpoint
+from lib.common import InputError, get_tokenizer
+from lib.hugging_face import read_folder
+from tools.export_hf import export
+from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=4, n_embd=32)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    manifest = {"source": "HuggingFaceFW/fineweb-edu", "revision": "87f0914", "complete": True, "tokens": 0}
+    write_shards(folder / "data", [1500, 5000])
+    train_config = asdict(TrainConfig(data_dir=str(folder / "data"), total_batch_size=1000))
+    contents = {"model": model.state_dict(), "optimizer": {}, "config": asdict(model.config), "step": 12}
+    contents |= {"train_config": train_config, "val_loss": 3.25, "commit": "abc123"}
+    write_checkpoint(folder / "model_00012.pt", contents)
+    (folder / "log.txt").write_text("0 val 10.9\n11 train 3.456789\n12 val 3.2500\n12 hella 0.2987\n")
+    from tools import export_hf
+
+    with pytest.MonkeyPatch.context() as patch:  # shards of the hub that are not there
+        patch.setattr(export_hf, "read_manifest", lambda folder: manifest)
+        export(str(folder / "model_00012.pt"), str(folder / "exported"))
+    return folder / "model_00012.pt"
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint):
+    return checkpoint.parent / "exported"
+
+
+def test_transformers_loads_the_same_model_offline(folder, model):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert theirs.config.vocab_size == 50257 and theirs.config.eos_token_id == 50256 and theirs.dtype == torch.float32
+    assert theirs.config.resid_pdrop == theirs.config.embd_pdrop == theirs.config.attn_pdrop == 0
+    idx = torch.randint(50257, (3, 64))
+    with torch.no_grad():
+        assert (theirs(idx).logits - model(idx)[0][:, :, :50257]).abs().max() < 1e-4
+        out = theirs.generate(idx[:, :5], attention_mask=torch.ones(3, 5), max_new_tokens=5, pad_token_id=50256)
+    assert out.size(1) <= 10
+
+
+def test_the_tokenizer_files_are_openais(folder):
+    sha256 = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("vocab.json", "merges.txt")}
+    assert sha256["vocab.json"] == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    assert sha256["merges.txt"] == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folder, tmp_path_factory):
+    """The tokenizer of tokenizer.json, and the one of vocab.json and merges.txt."""
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    other = tmp_path_factory.mktemp("old")
+    for name in ("vocab.json", "merges.txt", "config.json"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    return AutoTokenizer.from_pretrained(folder), GPT2Tokenizer.from_pretrained(other)
+
+
+HARD = st.text(st.sampled_from(list("aA1'stll  \n\t\r\u3000\u00a0.,!-_世界é🙂\u200d\u0301\x00\x1f\u202eａ٣𝕊")))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), HARD))
+@example(" can't we'll  I'M\n\n  x \t ")
+def test_token_ids_and_texts_equal_tiktokens(tokenizers, text):
+    ids = get_tokenizer().encode_ordinary(text)
+    for tokenizer in tokenizers:
+        assert tokenizer(text)["input_ids"] == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_the_end_of_a_text_is_one_token(tokenizers):
+    for tokenizer in tokenizers:
+        assert tokenizer("a<|endoftext|>b")["input_ids"] == [64, 50256, 65]
+        assert tokenizer.eos_token_id == tokenizer.bos_token_id == 50256 and len(tokenizer) == 50257
+    assert tokenizers[0].model_max_length == 64
+
+
+def test_it_comes_back_bit_for_bit(folder, model):
+    back = load_model(str(folder))
+    assert back.config == GPTConfig(64, 50257, 2, 4, 32) and back.lm_head.weight is back.transformer.wte.weight
+    for name, weight in model.state_dict().items():
+        found = back.state_dict()[name]
+        assert torch.equal(found, weight[:50257] if weight.size(0) == 50304 else weight), name
+
+
+def test_a_run_starts_from_the_folder(folder, tmp_path):
+    write_shards(tmp_path / "data", [1500, 5000])
+    shape = dict(sequence_length=64, total_batch_size=256, micro_batch_size=4, max_steps=1, val_tokens=1000)
+    off = dict(hellaswag_every=0, sample_every=0, checkpoint_every=0, device="cpu", data_dir=str(tmp_path / "data"))
+    for name, start in (("export", folder), ("checkpoint", folder.parent / "model_00012.pt")):
+        train_gpt2.main(TrainConfig(init_from=str(start), log_dir=str(tmp_path / name), **shape, **off))
+    # the 47 rows that pad the vocabulary take part in the loss: 0.1% of it all
+    export, checkpoint = (losses(tmp_path / name, "val")[0] for name in ("export", "checkpoint"))
+    assert export == pytest.approx(checkpoint, abs=0.01)
+
+
+def test_the_model_card_says_what_is_known(folder):
+    card = (folder / "README.md").read_text()
+    for part in ("datasets: [HuggingFaceFW/fineweb-edu]", "12 steps, 12,000 tokens, from scratch", "| 3.456789 |",
+                 "| 3.2500 |", "| 0.2987 |", "at commit abc123", "2 layers, 4 heads"):  # fmt: skip
+        assert part in card
+    assert card.startswith("---\nlanguage: en\n") and "{" not in card.split("```")[0]
+
+
+def test_llama_cpp_finds_what_its_converter_reads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    names = ("n_ctx", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+    assert [config[name] for name in names] == [64, 32, 2, 4, 1e-5] and config["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_everyone_may_read_what_the_umask_allows(folder):
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {0o666 & ~umask()}
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_folder_in_the_way_is_left_alone(checkpoint, tmp_path):
+    (tmp_path / "mine").write_text("text")
+    for target in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(InputError, match="name a new folder, or delete it"):
+            export(str(checkpoint), str(target))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "empty").mkdir()
+    export(str(checkpoint), str(tmp_path / "empty"))
+    assert (tmp_path / "empty" / "config.json").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
+    contents = torch.load(checkpoint)
+    small = GPT(GPTConfig(8, 512, 1, 1, 8))
+    wide, small = {**contents["config"], "n_embd": 64}, {"model": small.state_dict(), "config": asdict(small.config)}
+    for change, message in (({"config": wide}, "does not fit its config"), (small, "knows 512 ids")):
+        write_checkpoint(tmp_path / "other.pt", {**contents, **change})
+        with pytest.raises(InputError, match=message):
+            export(str(tmp_path / "other.pt"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def copy_with(folder, target, **changes):
+    target.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"activation_function": "relu"}, "activation_function relu, not gelu_new"), ({"n_layer": 3}, "does not fit"),
+     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "does not fit"),
+     ({"n_embd": "wide"}, "needs whole numbers")],
+)  # fmt: skip
+def test_another_model_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        load_model(str(copy_with(folder, tmp_path / "other", **changes)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"[]", None])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_damaged_files_are_named(folder, tmp_path, name, content):
+    path = copy_with(folder, tmp_path / "damaged") / name
+    path.write_bytes(content or path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot load .*damaged/"):
+        load_model(str(path.parent))
+
+
+def test_openais_own_files_are_read(folder, tmp_path):
+    """The repository of GPT-2 on the hub: names without a prefix, the causal masks among the weights."""
+    from safetensors.torch import load_file, save_file
+
+    target = copy_with(folder, tmp_path / "downloaded")
+    weights = load_file(target / "model.safetensors")
+    theirs = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file({**theirs, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, target / "model.safetensors")
+    a, b = (read_folder(path)["model"] for path in (folder, target))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_program_needs_no_transformers(checkpoint, tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = run("tools/export_hf.py", checkpoint, tmp_path / "out", env=env)
+    assert result.returncode == 0 and "model.safetensors" in result.stdout, result.stdout
+    result = run("tools/export_hf.py", checkpoint, tmp_path / "out", env=env)
+    assert result.returncode == 2 and result.stdout.startswith("error: ") and "delete it" in result.stdout

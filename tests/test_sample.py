@@ -1,0 +1,201 @@
+"""Sampling: the cache changes nothing, the distribution is the one asked for, the terminal gets whole characters."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+
+import pytest
+import torch
+from support import ROOT, environment
+
+from lib.checkpoint import write_checkpoint
+from lib.common import EOT, InputError, get_tokenizer
+from tools import sample
+from train_gpt2 import GPT, GPTConfig, choose, generate, stream
+
+
+def random_model(vocab_size=1000, block_size=24):
+    """Weights far from the initialization, so that greedy texts are varied and no two ids are nearly tied."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer=3, n_head=4, n_embd=64)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+@torch.no_grad()
+def greedy_by_recomputing(model, idx, count):
+    for _ in range(count):
+        logits, _ = model(idx[:, -model.config.block_size :])
+        idx = torch.cat([idx, logits[:, -1].argmax(dim=1, keepdim=True)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("prompt", [1, 7, 23, 24, 30])
+def test_the_cache_changes_no_token_within_the_window_and_beyond(prompt):
+    model = random_model()
+    idx = torch.randint(1000, (3, prompt))
+    out = generate(model, idx, 40, temperature=0)
+    assert torch.equal(out, greedy_by_recomputing(model, idx, 40))
+    assert len(out.unique()) > 20
+    assert torch.equal(generate(model, idx, 0), idx)
+
+
+def test_greedy_tokens_equal_transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from lib.hugging_face import transposed
+
+    model = random_model(block_size=64)
+    settings = dict(vocab_size=1000, n_positions=64, n_embd=64, n_layer=3, n_head=4, eos_token_id=None)
+    theirs = GPT2LMHeadModel(GPT2Config(bos_token_id=0, **settings)).eval()
+    theirs.load_state_dict({name: transposed(name, w) for name, w in model.state_dict().items()}, strict=False)
+    idx = torch.randint(1000, (2, 5))
+    mask = torch.ones_like(idx)
+    expected = theirs.generate(idx, attention_mask=mask, max_new_tokens=59, do_sample=False, pad_token_id=0)
+    assert torch.equal(generate(model, idx, 59, temperature=0), expected)
+
+
+def test_under_autocast_the_cache_is_as_good_as_its_type():
+    model, idx = random_model(), torch.randint(1000, (2, 20))
+    cache = torch.empty(3, 2, 2, 4, 20, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model.hidden_states(idx)
+        parts = [model.hidden_states(idx[:, :12], cache)]
+        parts += [model.hidden_states(idx[:, i : i + 1], cache, start=i) for i in range(12, 20)]
+    assert (torch.cat(parts, dim=1) - whole).abs().mean() < 0.02 * whole.abs().mean()
+
+
+def probabilities(logits, temperature, top_k, top_p):
+    """The distribution by the book, one id after the other."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: 1 if temperature == 0 else top_k or len(logits)]
+    weights = {i: 2.718281828459045 ** (logits[i] / (temperature or 1)) for i in order}
+    kept, reached = {}, 0.0
+    for i in order:
+        if reached < top_p:
+            kept[i] = weights[i] / sum(weights.values())
+            reached += kept[i]
+    return [kept.get(i, 0.0) / reached for i in range(len(logits))]
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [(1, 0, 1), (1, 5, 1), (0.5, 0, 1), (2, 10, 1), (1, 0, 0.5), (0.7, 12, 0.8), (0, 0, 1), (1, 99, 1), (1, 0, 1e-9)],
+)
+def test_samples_have_the_distribution_of_their_definition(temperature, top_k, top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 30, generator=generator)
+    found = choose(logits.expand(100_000, 30), temperature, top_k, top_p, generator)
+    found = found.flatten().bincount(minlength=30) / 100_000
+    expected = torch.tensor(probabilities(logits[0].tolist(), temperature, top_k, top_p))
+    assert (found - expected).abs().max() < 0.006  # four standard deviations
+    assert not found[expected == 0].any()
+
+
+def test_the_same_seed_gives_the_same_tokens():
+    model, idx = random_model(), torch.randint(1000, (1, 5))
+    texts = [generate(model, idx, 30, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model, path = random_model(vocab_size=50304), tmp_path_factory.mktemp("log") / "model_00003.pt"
+    contents = {"model": model.state_dict(), "optimizer": {}, "config": asdict(model.config), "train_config": {}}
+    write_checkpoint(path, {**contents, "step": 3})
+    return str(path)
+
+
+def arguments(model, **overrides):
+    defaults = dict(prompt="The water", num_samples=1, max_new_tokens=8, temperature=1.0, top_k=50, top_p=1.0, seed=1)
+    return Namespace(model=model, device="cpu", **{**defaults, **overrides})
+
+
+def test_the_program_prints_what_generate_gives(checkpoint, capsys):
+    sample.run(arguments(checkpoint, num_samples=2, max_new_tokens=40))
+    generator = torch.Generator().manual_seed(1)
+    idx = torch.tensor([get_tokenizer().encode_ordinary("The water")])
+    rows = [generate(random_model(50304), idx, 40, generator=generator)[0].tolist() for _ in range(2)]
+    texts = [get_tokenizer().decode(row) for row in rows]
+    assert capsys.readouterr().out == f"{texts[0]}\n---------------\n{texts[1]}\n"
+
+
+def test_characters_come_whole_and_the_text_ends_at_its_end(checkpoint, monkeypatch):
+    text = "naïve 世界 🙂 𝕊"
+    ids = [*get_tokenizer().encode_ordinary(text), get_tokenizer().encode_ordinary("🙂")[0], EOT, 464]
+    monkeypatch.setattr(sample, "stream", lambda *args: (torch.tensor([[i]]) for i in ids))
+    pieces = []
+    monkeypatch.setattr(sample, "write", pieces.append)
+    sample.run(arguments(checkpoint))
+    assert "".join(pieces) == f"The water{text}\ufffd\n"  # the half of a character at the end is shown as such
+    assert sum(map(bool, pieces)) > 7 and not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+def test_prompts_from_files_and_standard_input(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_bytes("Zürich\n\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"FILE: is text here\n")))
+    for prompt, expected in ((f"FILE:{tmp_path / 'p.txt'}", "Zürich\n"), (None, "FILE: is text here"), ("", "")):
+        sample.run(arguments(checkpoint, prompt=prompt, max_new_tokens=0))
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_of_a_long_prompt_the_end_is_used(checkpoint, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "stream", lambda model, idx, *args: seen.append(idx) or stream(model, idx, *args))
+    sample.run(arguments(checkpoint, prompt="one two three four five six " * 20))
+    assert "the prompt has 121 tokens, the model sees its last 24" in capsys.readouterr().err
+    assert seen[0].tolist() == [get_tokenizer().encode_ordinary("one two three four five six " * 20)[-24:]]
+
+
+REFUSALS = {
+    "temperature is -1": {"temperature": -1.0},
+    "temperature is nan": {"temperature": float("nan")},
+    "top_p is 0": {"top_p": 0.0},
+    "top_k is -1": {"top_k": -1},
+    "num_samples is 0": {"num_samples": 0},
+    "cannot use the device 'gpu'": {"device": "gpu"},
+    "Name another file": {"prompt": "FILE:nowhere"},
+    "no UTF-8 text": {"prompt": "a\udcff"},
+    "is no checkpoint, no exported folder": {"model": "nowhere"},
+    "is damaged, or no checkpoint": {"model": str(ROOT / "README.md")},
+    "config.json": {"model": str(ROOT / "lib")},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals_name_the_remedy(message, checkpoint):
+    with pytest.raises(InputError, match=message):
+        sample.run(Namespace(**{**vars(arguments(checkpoint)), **REFUSALS[message]}))
+
+
+def test_a_model_without_the_whole_vocabulary_is_refused(tmp_path, checkpoint):
+    contents = {**torch.load(checkpoint), "model": random_model().state_dict(), "config": asdict(random_model().config)}
+    write_checkpoint(tmp_path / "model_00003.pt", contents)
+    with pytest.raises(InputError, match="knows 1000 ids"):
+        sample.run(arguments(str(tmp_path / "model_00003.pt")))
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "closed pipe", "bad input"])
+def test_the_program_ends_without_a_traceback(end, checkpoint):
+    flags = ["--prompt", "x", "--max_new_tokens", "1000000", "--top_k", "-1" if end == "bad input" else "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.sample", checkpoint, *flags], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    if end != "bad input":
+        assert os.read(process.stdout.fileno(), 1) == b"x"
+    if end == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    expected = {"Ctrl-C": (130, ""), "closed pipe": (-signal.SIGPIPE, "")}
+    found = process.wait(timeout=60), errors
+    assert found == expected.get(end, (2, "error: top_k is -1: it must be from 0 to 50257\n"))
