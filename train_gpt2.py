@@ -93,11 +93,11 @@ PRESETS = {
     "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps of it are 20 billion tokens
         n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
     ),
-    "demo": dict(  # 7M, most of it vocabulary, on the documentation of Python and NumPy: two minutes on two CPU cores
-        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=128, max_lr=3e-3,
-        sequence_length=128, total_batch_size=1024, micro_batch_size=4, max_steps=150, warmup_steps=20, val_every=50,
-        val_tokens=16384, hellaswag_every=0, sample_every=150, plot_every=50, sample_prompt="Return the",
-        checkpoint_every=75,
+    "demo": dict(  # 3M, nearly all of it vocabulary, on the documentation of Python and NumPy
+        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=64, max_lr=6e-3,
+        sequence_length=128, total_batch_size=1024, micro_batch_size=8, max_steps=440, warmup_steps=20, log_every=20,
+        val_every=110, val_tokens=16384, hellaswag_every=0, sample_every=440, sample_prompt="Return the",
+        checkpoint_every=220,
     ),
 }  # fmt: skip
 
