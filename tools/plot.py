@@ -42,7 +42,8 @@ def read_checkpoint(log_dir):
 def read_run(name, tokens_per_step, size, dataset):
     """The run of a log.txt or log_dir; what is None of it comes from a checkpoint."""
     path = Path(name) / "log.txt" if Path(name).is_dir() else Path(name)
-    run = SimpleNamespace(name=str(path.parent if path.name == "log.txt" else path), records=read_log(path))
+    run = SimpleNamespace(path=path.resolve(), records=read_log(path))
+    run.name = run.path.parent.name if path.name == "log.txt" else path.name
     given = tokens_per_step, size, dataset
     found = (read_checkpoint(path.parent) if None in given else None) or (None, OTHER, OTHER)
     run.tokens_per_step, run.size, run.dataset = (f if g is None else g for g, f in zip(given, found, strict=True))
@@ -95,7 +96,7 @@ def draw(runs, peers, out):
     # as far as the runs have come; without one, to the end of the published ones
     of_peers = [tokens for peer in peers for tokens, _ in peer.val if tokens]
     end = 1.03 * max([tokens.max() for _, tokens, _, _ in curves] or of_peers or [0]) or 1
-    curves += [curve for i, peer in enumerate(peers) for curve in curves_of_peer(peer, str(0.15 * (i % 5)), end)]
+    curves += [curve for i, peer in enumerate(peers) for curve in curves_of_peer(peer, str(0.22 * (i % 4)), end)]
     unit = next(unit for unit in UNITS if unit <= end)
     titles = {"val": "loss, nats per token", "hella": "HellaSwag, acc_norm"}
     panels = [panel for panel in titles if any(curve[0] == panel for curve in curves)]
@@ -131,6 +132,8 @@ def main(argv=None):
     if not args.logs and args.size in (None, OTHER):
         raise InputError("nothing to draw: give the log_dir of a run, or --size 124M --dataset fineweb-edu")
     runs = [read_run(log, args.tokens_per_step, args.size, args.dataset) for log in args.logs]
+    for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
+        run.name = str(run.path)
     kinds = {(run.size, run.dataset) for run in runs} or {(args.size, args.dataset)}
     peers = [
         peer if peer.dataset in (dataset, "") else peer._replace(val=[])  # HellaSwag is the same whatever the data
