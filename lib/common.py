@@ -19,7 +19,9 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2
-OUR_TEMPORARY = re.compile(r"(model_\d{5,}\.pt|log\.txt|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp")
+OUR_TEMPORARY = re.compile(
+    r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
+)
 
 
 class InputError(ValueError):

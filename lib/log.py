@@ -102,12 +102,11 @@ def read_log(path):
         raise InputError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
     records, last, strange = {}, 0, 0
     for line in lines:
-        try:
-            step, kind, value = RECORD.fullmatch(line)[0].decode().split()
-            step, value = int(step), float(value)
-        except (TypeError, ValueError):  # no record, or its value is no number
+        if not RECORD.fullmatch(line):
             strange += 1
             continue
+        step, kind, value = line.decode().split()
+        step, value = int(step), float(value)
         if step < last:
             say(f"warning: {path} goes back from step {last} to {step}: the later records are taken")
             records = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}

@@ -84,7 +84,7 @@ def test_a_torn_last_line_is_no_record(tmp_path):
 
 
 def test_where_steps_go_back_the_later_records_count(tmp_path, capsys):
-    text = "0 val 9\n0 train 9\n1 train 8\n2 train 7\n2 val 7\n1 train 6\n2 train nan\nsomething else\n3 train 3.1.4\n"
+    text = "0 val 9.0\n0 train 9.0\n1 train 8.0\n2 train 7.0\n2 val 7.0\n1 train 6.0\n2 train nan\nno\n3 train 3.1.4\n"
     records = read_log(write_log(tmp_path, text))
     assert records["val"] == {0: 9} and records["train"][1] == 6 and np.isnan(records["train"][2])
     said = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_a_log_without_records_is_refused(tmp_path, text):
 
 
 def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
-    log = write_log(tmp_path / "a", "0 val 9\n")
+    log = write_log(tmp_path / "a", "0 val 9.0\n")
     for argv, message in {
         (): "give the log_dir of a run, or --size",
         (str(tmp_path / "none"),): "Give the log.txt of a run, or its log_dir",
@@ -123,7 +123,7 @@ def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_program_is_no_obstacle(tmp_path):
-    log = write_log(tmp_path, "0 val 9\n")
+    log = write_log(tmp_path, "0 val 9.0\n")
     torch.save({"config": GPTConfig()}, tmp_path / "model_00005.pt")  # as the tutorial does
     (tmp_path / "model_00006.pt").write_bytes(b"damaged")
     with pytest.raises(InputError, match="give --tokens_per_step"):
