@@ -76,8 +76,8 @@ def run(script, *args, ranks=0, cwd=None, env=None, timeout=150):
 
 
 def flags_of(config, **overrides):
-    """The command line of a TrainConfig."""
-    return [f"--{k}={v}" for k, v in {**asdict(config), **overrides}.items() if v is not None and k != "compile"]
+    """The command line of a TrainConfig, whose switches stay as they are by default."""
+    return [f"--{k}={v}" for k, v in {**asdict(config), **overrides}.items() if not isinstance(v, bool | None)]
 
 
 def read_log(log_dir):
