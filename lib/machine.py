@@ -3,9 +3,11 @@ The machine: the ranks of torchrun (alone, without it, there is one), the device
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import time
+import uuid
 from collections import Counter
 from datetime import timedelta
 from importlib.util import find_spec
@@ -41,11 +43,8 @@ def distributed(device, timeout):
         torch.cuda.set_device(device)
     if world_size:
         on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # torchrun's store still has the addresses of the ranks before a restart; machines count restarts apart
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         limit = timedelta(seconds=timeout)
+        store = store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], rank, world_size, timeout)
         dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **on_device)
         set_timeout(max(1800, timeout))
     yield rank, local_rank, max(world_size, 1), device
@@ -53,6 +52,26 @@ def distributed(device, timeout):
     if world_size:
         wait_for_all()  # a rank that leaves early takes its connections from the others
         dist.destroy_process_group()
+
+
+def store_of_this_start(store, rank, world_size, timeout):
+    """A part of torchrun's store that is new, and the same on all ranks.
+
+    The store outlives a restart, with the addresses of dead ranks in it, and each machine counts its restarts apart. So
+    each rank writes a name that it made up. All names together name the start once all ranks have signed them: those
+    among them that a restart left behind are signed by nobody.
+    """
+    store.delete_key("exception_dump")  # of NCCL's watchdog, which has no prefix: new ranks that find it abort, too
+    store.set(f"name of {rank}", uuid.uuid4().hex)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        names = b"".join(store.multi_get([f"name of {r}" for r in range(world_size)]))  # waits until all are there
+        start = dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)
+        start.set(f"signed by {rank}", "")
+        if start.check([f"signed by {r}" for r in range(world_size)]):
+            return start
+        time.sleep(0.2)
+    raise TimeoutError(f"not all of {world_size} ranks have started within {timeout} s")
 
 
 def set_timeout(seconds):
