@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
@@ -56,14 +57,15 @@ def run_as_command(run, *args):
     """Call run(*args) as a program: an InputError becomes its message and exit code 2, without a traceback.
 
     A run that a signal ended exits with 128 + the signal's number, as in a shell; under torchrun with 0, since torchrun
-    would restart it.
+    would restart it, as it shall where one machine's torchrun was killed.
     """
     try:
         result = run(*args)
     except InputError as error:
         sys.exit(report(error))
-    if isinstance(result, dict) and "signal" in result and "TORCHELASTIC_RUN_ID" not in os.environ:
-        sys.exit(128 + result["signal"])
+    number = result.get("signal") if isinstance(result, dict) else None
+    if number and ("TORCHELASTIC_RUN_ID" not in os.environ or number == signal.SIGKILL):
+        sys.exit(128 + number)
     return result
 
 

@@ -40,7 +40,7 @@ def stop_signals(device):
 
     A second signal ends the process at once; one within a second is still the first, since schedulers signal torchrun
     and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so. Workers whose torchrun was
-    killed stop as if signalled.
+    killed stop as if signalled, and so do those of other machines, by SIGKILL.
     """
     caught, parent = [], os.getppid()
 
@@ -51,8 +51,9 @@ def stop_signals(device):
 
     def check_stop():
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
-        if sum_over_ranks(torch.tensor(int(bool(caught) or orphaned), device=device)).item():
-            raise StopRun(caught[0][1] if caught else signal.SIGTERM)
+        signalled, orphans = sum_over_ranks(torch.tensor([bool(caught), orphaned], dtype=int, device=device)).tolist()
+        if signalled or orphans:
+            raise StopRun(signal.SIGKILL if orphans else caught[0][1] if caught else signal.SIGTERM)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
