@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-2 on the nodes of a Slurm cluster, queued again by itself at its time limit, when it is preempted and when it fails:
+# GPT-2 on a Slurm cluster: a job that queues itself again at its time limit, after a preemption and after a failure.
 #     sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 docs/slurm.sh --preset gpt2-xl
 # Submit it from the repository, on a disk that all nodes see. What follows the script are flags of train_gpt2.py.
 #SBATCH --job-name=gpt2

@@ -8,6 +8,13 @@ A host is a network namespace with its own address; a switch, a third one, joins
 them off the switch: both keep their carrier, as when a switch dies. Each host runs its own agent, which is torchrun,
 with one worker. Host 0 has the store that they meet at. The losses must be those of one process that nobody disturbed,
 up to the rounding of sums.
+
+Measured on 2 cores of a busy server (torch 2.13.0, 2026-11-24, collective_timeout 20 s), from the event to the end:
+--max-restarts=3: a killed worker 19 to 45 s (6 of 6 ended well); a link cut for 40 s 65 to 96 s (2 of 2); for 120 s
+both agents gave up (1 of 1). In a loop until it ends well, without restarts: a killed worker 22 to 52 s (4 of 4), a
+killed agent 14 to 96 s (4 of 4), a link cut for 40 s 62 to 94 s (2 of 2), for 120 s 170 s (1 of 1), for 300 s with 8
+TCP retries 311 s (1 of 1). All that ended well had all losses right. A link cut for good, neither loop nor restarts:
+both agents ended after 934 s, with 8 TCP retries after 113 s.
 """
 
 import argparse
