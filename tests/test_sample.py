@@ -15,7 +15,7 @@ from support import ROOT, environment
 from lib.checkpoint import write_checkpoint
 from lib.common import EOT, InputError, get_tokenizer
 from tools import sample
-from train_gpt2 import GPT, GPTConfig, choose, generate, stream
+from train_gpt2 import GPT, GPTConfig, generate, sample_token, stream
 
 
 def random_model(vocab_size=1000, block_size=24):
@@ -90,7 +90,7 @@ def probabilities(logits, temperature, top_k, top_p):
 def test_samples_have_the_distribution_of_their_definition(temperature, top_k, top_p):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(1, 30, generator=generator)
-    found = choose(logits.expand(100_000, 30), temperature, top_k, top_p, generator)
+    found = sample_token(logits.expand(100_000, 30), temperature, top_k, top_p, generator)
     found = found.flatten().bincount(minlength=30) / 100_000
     expected = torch.tensor(probabilities(logits[0].tolist(), temperature, top_k, top_p))
     assert (found - expected).abs().max() < 0.006  # four standard deviations

@@ -76,9 +76,9 @@ def model_card(checkpoint, path, parameters):
     if manifest.get("revision"):  # on the hub
         datasets = f"\ndatasets: [{data[0]}]"
         data.append(f"at revision {manifest['revision']}")
-    origin = train.get("init_from", "scratch").replace("resume", "scratch")
-    tokens = step * train.get("total_batch_size", 0)
-    facts = {"data": " ".join(data), "training": f"{step:,} steps, {tokens:,} tokens, from {origin}"}
+    begin, tokens = train.get("init_from", "resume"), step * train.get("total_batch_size", 0)
+    origin = "" if begin == "resume" else f", from {begin}"  # a resumed run does not know how it began
+    facts = {"data": " ".join(data), "training": f"{step:,} steps, {tokens:,} tokens{origin}"}
     log = path.parent / "log.txt"
     records = re.findall(r"^(\d+) (train|val|hella) (\S+)$", log.read_text() if log.is_file() else "", re.M)
     last = {kind: value for at, kind, value in records if int(at) == (step - 1 if kind == "train" else step)}
@@ -95,6 +95,7 @@ def model_card(checkpoint, path, parameters):
 
 def export(path, folder):
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise InputError("the export takes pip install safetensors") from None
@@ -117,7 +118,7 @@ def export(path, folder):
         card = model_card(checkpoint, path, sum(weight.numel() for weight in weights.values()))
         (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
         os.replace(unfinished, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
