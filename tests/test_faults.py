@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -383,8 +384,12 @@ def test_shards_that_go_away_are_named_and_the_resume_is_exact(
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_shard_that_was_swapped_meanwhile_is_refused(manifest, split, small, tmp_path, log_dir, undisturbed, capsys):
     def write_manifest():
-        shards = [{"file": path.name, "sha256": hash_file(path)} for path in sorted((tmp_path / "data").glob("*.npy"))]
-        (tmp_path / "data" / "manifest.json").write_text(json.dumps({"complete": True, "shards": shards}))
+        shards = [
+            {"file": path.name, "tokens": len(np.load(path)), "sha256": hash_file(path)}
+            for path in sorted((tmp_path / "data").glob("*.npy"))
+        ]
+        content = {"complete": True, "shards": shards, "tokens": 0, "documents": 0, "skipped_empty": 0}
+        (tmp_path / "data" / "manifest.json").write_text(json.dumps(content))
 
     if manifest:
         write_manifest()
