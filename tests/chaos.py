@@ -1,34 +1,160 @@
 """
-Kill a run again and again, damage its checkpoints, and compare what it becomes with a run that nobody disturbed.
+Disturb a run in every way at hand, again and again, and compare what it becomes with a run that nobody disturbed.
 
-    python tests/chaos.py                     # 50 kills, restarts with 1 or 2 ranks at random
+    python tests/chaos.py                     # 240 faults, restarts with 1 or 2 ranks at random
     python tests/chaos.py --ranks 1           # the same with 1 rank: bit for bit
 
-Each kill is a SIGKILL of the whole process tree (torchrun and its ranks, or a single process) at a random instant,
-often within a save or a removal of checkpoints, since this run saves at every step. The same command with --init_from
-resume goes on. In the end log.txt and the weights must be those of the undisturbed run: to the last bit with one rank,
-to 1e-5 where the number of ranks changes, which changes the order of sums. The damages are truncations and flipped bits
-of the newest checkpoint, one at a time: each must be noticed, and the checkpoint before it taken.
+The run saves at every step, on a disk of 6 MB where the system lets us mount one. While it runs, the disk fills to the
+last byte and is freed again, the console goes away, and files of other people appear beside its own. Then comes SIGKILL
+for the whole process tree at a random instant, often within a save, or SIGTERM; and sometimes a truncation or a flipped
+bit in the newest checkpoint. The same command with --init_from resume goes on.
+
+In the end log.txt and the weights must be those of the undisturbed run: to the last bit with one rank, to 1e-5 where
+the number of ranks changes, which changes the order of sums. A checkpoint is lost where the newest one that was there
+before a kill is not there or not whole after it, where a damage goes unnoticed, or where another's file is gone.
 """
 
 import argparse
 import contextlib
 import io
-import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import torch
-from support import ROOT, TINY, flags_of, read_log, write_shards
+from support import ROOT, TINY, command_of, environment, flags_of, read_log, write_shards
 
-from lib.checkpoint import load_checkpoint, newest_whole_checkpoint
-from train_gpt2 import TrainConfig, main
+sys.path.append(str(ROOT))
+from lib.checkpoint import list_checkpoints, load_checkpoint, newest_whole_checkpoint, step_of  # noqa: E402
+from lib.common import InputError  # noqa: E402
+from train_gpt2 import TrainConfig, main  # noqa: E402
+
+SETTINGS = {**TINY, "n_layer": 1, "total_batch_size": 128, "val_every": 20, "max_lr": 1e-3, "min_lr_ratio": 1.0}
+FOREIGN = ("model_{}.pt", "model_{:05d}_best.pt", "model_best_{}.pt", "notes_{}.txt.7.tmp", "{}.tmp")
+
+
+class Chaos:
+    """faults: how many so far, by kind; lost: how many checkpoints or files of others."""
+
+    def __init__(self, folder, ranks, rng):
+        self.log_dir, self.ranks, self.rng = folder / "disk" / "log", ranks, rng
+        self.faults, self.lost, self.within, self.foreign = Counter(), 0, 0, []
+        self.console, self.errors, self.filler = folder / "console", folder / "errors", folder / "disk" / "filler"
+        self.config = TrainConfig(
+            **{**SETTINGS, "data_dir": str(folder / "data"), "log_dir": str(self.log_dir), "checkpoint_every": 1}
+        )
+
+    def newest(self):
+        with contextlib.suppress(FileNotFoundError):  # removed while we look
+            return max(map(step_of, list_checkpoints(self.log_dir)), default=0) if self.log_dir.exists() else 0
+        return self.newest()
+
+    def start(self, max_steps):
+        flags = flags_of(self.config, init_from="resume", max_steps=max_steps)
+        world_size = self.rng.choice(self.ranks)
+        command = command_of("train_gpt2.py", *flags, ranks=world_size if world_size > 1 else 0)
+        self.kind = self.rng.choice(("pipe", "pipe", "/dev/full", "file"))
+        output = subprocess.PIPE if self.kind == "pipe" else self.console if self.kind == "file" else Path("/dev/full")
+        with contextlib.ExitStack() as stack:
+            stdout = output if output == subprocess.PIPE else stack.enter_context(open(output, "w"))
+            stderr = stack.enter_context(open(self.errors, "w"))
+            self.process = subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr)
+        self.faults["console lost"] += self.kind == "/dev/full"
+
+    def end(self, expected):
+        if self.process.wait(timeout=300) not in expected:
+            sys.exit(f"the run ended with {self.process.returncode}, not {expected}: {self.errors.read_text()}")
+
+    def wait_for_progress(self):
+        """Until it has saved a step that it had not saved before."""
+        before, deadline = self.newest(), time.monotonic() + 120
+        while self.newest() <= before:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"the run makes no progress at step {before}: {self.errors.read_text()}")
+            time.sleep(0.01)
+
+    def fill_disk(self):
+        with open(self.filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        self.faults["full disk"] += 1
+        time.sleep(self.rng.random() * 0.3)
+
+    def free_disk(self):
+        self.filler.unlink(missing_ok=True)
+
+    def lose_console(self):
+        if self.process.stdout and not self.process.stdout.closed:
+            self.process.stdout.close()
+            self.faults["console lost"] += 1
+
+    def add_foreign_file(self):
+        path = self.log_dir / self.rng.choice(FOREIGN).format(len(self.foreign))
+        path.touch()
+        self.foreign.append(path)
+        self.faults["foreign file"] += 1
+
+    def stop(self):
+        """SIGKILL for all, or SIGTERM for one; then every checkpoint must be whole, the newest one among them."""
+        parent = psutil.Process(self.process.pid)
+        victims, before = [parent, *parent.children()], self.newest()
+        if self.rng.random() < 0.2 and not self.filler.exists():
+            victims[-1].terminate()
+            self.end({0, 143})
+            self.faults["SIGTERM"] += 1
+        else:
+            for victim in victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            self.process.wait()
+            psutil.wait_procs(victims)
+            self.faults["SIGKILL"] += 1
+            self.within += any(self.log_dir.glob("model_*.pt.*.tmp"))
+        for path in list_checkpoints(self.log_dir):
+            try:
+                load_checkpoint(path)
+            except InputError:
+                self.lost += 1
+        self.lost += self.newest() < before
+
+    def damage(self):
+        """Truncate the newest checkpoint, or flip a bit of it; the one before must be taken."""
+        *_, before, newest = list_checkpoints(self.log_dir)
+        content = bytearray(newest.read_bytes())
+        if self.rng.random() < 0.5:
+            content = content[: self.rng.randrange(len(content))]
+        else:
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        newest.write_bytes(content)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.lost += newest_whole_checkpoint(self.log_dir) != before
+        self.faults["damage"] += 1
+
+    def disturb(self, count):
+        """One start of the run after the other until there are `count` faults; then let it end in peace."""
+        while self.faults.total() < count:
+            self.start(max_steps=10**6)
+            self.wait_for_progress()
+            for _ in range(self.rng.randrange(5, 12)):
+                self.rng.choice((self.fill_disk, self.fill_disk, self.lose_console, self.add_foreign_file))()
+                if self.rng.random() < 0.8:  # else it stays full, perhaps until the kill
+                    self.free_disk()
+                time.sleep(self.rng.random() * 0.1)
+            self.stop()
+            self.free_disk()
+            if len(list_checkpoints(self.log_dir)) > 1 and self.rng.random() < 0.5:
+                self.damage()
+        last = self.newest() + 5
+        self.start(last)
+        self.lose_console()
+        self.end({0})
+        self.lost += sum(not path.exists() for path in self.foreign)
+        return last
 
 
 def losses_of(log_dir):
@@ -38,93 +164,43 @@ def losses_of(log_dir):
     return {key: float(value) for key, (_, _, value) in zip(keys, records, strict=True)}
 
 
-def run_with_kills(config, kills, ranks, rng):
-    """Run to the end through `kills` kills; returns (kills done, checkpoints lost, kills within a save)."""
-    done = lost = within = 0
-    log_dir = Path(config.log_dir)
-    while True:
-        world_size = rng.choice(ranks)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command = [sys.executable, *(torchrun if world_size > 1 else []), str(ROOT / "train_gpt2.py")]
-        process = subprocess.Popen(
-            [*command, *flags_of(config, init_from="resume")], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        newest = max((int(p.stem[6:]) for p in log_dir.glob("*.pt")), default=0)
-        while process.poll() is None and done < kills:  # until it has gone on a little: then at any instant
-            if max((int(p.stem[6:]) for p in log_dir.glob("*.pt")), default=0) > newest:
-                time.sleep(rng.random() * 0.1)
-                break
-            time.sleep(0.01)
-        if process.poll() is None and done < kills:
-            saved = {p.name for p in log_dir.glob("*.pt")}
-            parent = psutil.Process(process.pid)
-            for victim in (parent, *parent.children()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
-            process.wait()
-            done += 1
-            within += any(log_dir.glob("*.tmp"))
-            survivors = []
-            for path in sorted(log_dir.glob("*.pt")):
-                load_checkpoint(path)  # raises where a committed checkpoint is damaged
-                survivors.append(path.name)
-            lost += not survivors or max(survivors) < max(saved)
-        elif process.wait() == 0:
-            return done, lost, within
-        else:
-            raise SystemExit(f"the run failed with {process.returncode}")
-
-
-def damage(log_dir, count, rng):
-    """Truncate or flip a bit of the newest checkpoint `count` times; returns how many were not noticed."""
-    newest = max(log_dir.glob("*.pt"))
-    content = newest.read_bytes()
-    expected = sorted(log_dir.glob("*.pt"))[-2]
-    silent = 0
-    for i in range(count):
-        if i % 2:
-            broken = bytearray(content)
-            broken[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        else:
-            broken = content[: rng.randrange(len(content))]
-        newest.write_bytes(broken)
-        silent += newest_whole_checkpoint(log_dir) != expected
-    newest.write_bytes(content)
-    return silent
+def run(folder, args):
+    chaos, start = Chaos(folder, args.ranks, random.Random(args.seed)), time.time()
+    write_shards(folder / "data", [1500, 5000, 3001, 7003])
+    steps = chaos.disturb(args.faults)
+    whole = {**SETTINGS, "data_dir": str(folder / "data"), "max_steps": steps, "checkpoint_every": steps}
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(TrainConfig(**whole, log_dir=str(folder / "whole")))
+    expected, found = losses_of(folder / "whole"), losses_of(chaos.log_dir)
+    exact = set(args.ranks) == {1}
+    tolerance = {"train": 0 if exact else 1.1e-5, "val": 0 if exact else 1.1e-4}  # the log rounds to 6 and 4 digits
+    differ = sum(abs(value - found.get(key, 1e9)) > tolerance[key[1]] for key, value in expected.items())
+    differ += len(found.keys() - expected.keys())
+    a, b = (load_checkpoint(d / f"model_{steps:05d}.pt")["model"] for d in (folder / "whole", chaos.log_dir))
+    weights = max((a[key] - b[key]).abs().max().item() for key in a)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.faults.items()))
+    print(
+        f"{chaos.faults.total()} faults ({kinds}; {chaos.within} kills within a save), losses that differ {differ} of "
+        f"{len(expected)}, weights within {weights:.1e}, lost {chaos.lost}, {time.time() - start:.0f} seconds"
+    )
+    return bool(differ or chaos.lost or (exact and weights))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--damages", type=int, default=400, help="half of them truncations, half flipped bits")
+    parser.add_argument("--faults", type=int, default=240)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to restart with")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rng, folder, start = random.Random(args.seed), Path(tempfile.mkdtemp()), time.time()
-    write_shards(folder / "data", [1500, 5000, 3001, 7003])
-    steps = 6 * args.kills
-    settings = {**TINY, "data_dir": str(folder / "data"), "max_steps": steps, "checkpoint_every": 1, "max_lr": 1e-3}
-    whole = TrainConfig(**{**settings, "log_dir": str(folder / "whole"), "checkpoint_every": steps})
-    killed = TrainConfig(**{**settings, "log_dir": str(folder / "killed")})
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        main(whole)
-    kills, lost, within = run_with_kills(killed, args.kills, args.ranks, rng)
-    expected, found = losses_of(whole.log_dir), losses_of(killed.log_dir)
-    exact = args.ranks == [1]
-    tolerance = {"train": 0 if exact else 1.1e-5, "val": 0 if exact else 1.1e-4}  # the log rounds to 6 and 4 digits
-    differ = sum(abs(value - found.get(key, 1e9)) > tolerance[key[1]] for key, value in expected.items())
-    differ += len(found.keys() - expected.keys())
-    a, b = (load_checkpoint(Path(c.log_dir) / f"model_{steps:05d}.pt")["model"] for c in (whole, killed))
-    weights = max((a[key] - b[key]).abs().max().item() for key in a)
-    print(
-        f"kills {kills} ({within} within a save), losses that differ {differ} of {len(expected)}, weights "
-        f"within {weights:.1e}, checkpoints lost {lost}, {time.time() - start:.0f} seconds"
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        silent = damage(Path(killed.log_dir), args.damages, rng)
-    print(f"damages {args.damages}, not noticed {silent}")
-    shutil.rmtree(folder)
-    sys.exit(bool(differ or lost or silent))
+    with tempfile.TemporaryDirectory() as folder:
+        disk = Path(folder) / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            sys.exit("chaos.py fills a small disk, which it takes the right to mount: run it as root on Linux")
+        try:
+            failed = run(Path(folder), args)
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)
+    sys.exit(failed)
