@@ -38,8 +38,9 @@ def find_manifest(out, wanted, verify=False):
             reason = "the sha256" if tokens == shard["tokens"] else f"the {shard['tokens']:,} tokens"
             raise InputError(f"{path} does not have {reason} that the manifest says: delete {out} and build it again")
     if manifest["complete"]:
+        tokens = sum(shard["tokens"] for shard in manifest["shards"])
         print(
-            f"{out} is already complete: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards, "
+            f"{out} is already complete: {tokens:,} tokens in {len(manifest['shards'])} shards, "
             + ("every sha256 is right" if verify else "every size is right (--verify computes every sha256)")
         )
     return manifest

@@ -14,8 +14,8 @@ from lib.common import InputError
 
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
 # What a manifest holds; an unfinished one also says how to go on. fineweb.py writes more, which nobody relies on
-MANIFEST = {"complete": bool, "shards": list, "tokens": int, "documents": int, "skipped_empty": int}
-UNFINISHED = {"shard_size": int, "files": list, "progress": dict}
+MANIFEST = {"complete": bool, "shards": list}
+UNFINISHED = {"tokens": int, "documents": int, "skipped_empty": int, "shard_size": int, "files": list, "progress": dict}
 SHARD = {"file": str, "tokens": int, "sha256": str}
 PROGRESS = {"file": int, "row": int, "skip": int}
 

@@ -206,7 +206,7 @@ DAMAGED = {  # what becomes of a manifest, what is said of it
     "shards is a dict": (change(shards={}), "shards"),
     "a shard is a name": (change(shards=["texts_val_000000.npy"]), "file"),
     "tokens is text": (change(shards=[{"file": "a_val_000000.npy", "tokens": "7", "sha256": "0"}]), '"tokens"'),
-    "no documents": (change(documents=None), "documents"),
+    "no documents": (change(complete=False, documents=None), "documents"),
     "no progress": (change(complete=False), "progress"),
     "progress is short": (change(complete=False, progress={"file": 0}), "row"),
     "files are names": (change(complete=False, progress=dict(file=0, row=0, skip=0), files=["a"]), "file"),
