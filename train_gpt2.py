@@ -97,8 +97,7 @@ PRESETS = {
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=64, max_lr=6e-3,
         sequence_length=128, total_batch_size=1024, micro_batch_size=8, max_steps=440, warmup_steps=20, log_every=20,
         val_every=110, val_tokens=16384, hellaswag_every=0, sample_every=440, sample_prompt="Return the",
-        checkpoint_every=220,
-    ),
+        plot_every=220, checkpoint_every=220),
 }  # fmt: skip
 
 

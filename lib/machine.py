@@ -36,8 +36,8 @@ def distributed(device, timeout):
     if device == "auto":  # gloo, which connects ranks without CUDA, cannot sum on an Apple GPU
         device = "mps" if torch.backends.mps.is_available() and not world_size else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch sees no CUDA GPU: check nvidia-smi, or use --device cpu")
+    if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device, torch.cpu).is_available() is False:
+        raise InputError(f"device is {device}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
     device = torch.device(device, local_rank if device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)

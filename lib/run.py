@@ -59,8 +59,7 @@ class Run:
 
     def open_folder(self):
         """Hold log_dir for this run; return the newest checkpoint in it, None where there is none to resume from."""
-        path = self.folder.open(self.resume, self.restarted) if self.rank == 0 else None
-        path = machine.from_rank_0(path)
+        path = machine.from_rank_0(self.folder.open(self.resume, self.restarted) if self.rank == 0 else None)
         return checkpoints.load_checkpoint(path, mmap=self.device.type == "cuda") if path else None
 
     def begin(self, checkpoint, stateful, settings):

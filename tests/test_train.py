@@ -118,6 +118,7 @@ REFUSALS = {
     "n_layer is 0: it must be 1 or more": ["--n_layer=0"],
     "dtype is 'int8': it must be one of auto": ["--dtype=int8"],
     "device is cuda, but": ["--device=cuda"],
+    "device is mps, but": ["--device=mps"],
     "is no file and none of scratch": ["--init_from=gpt5"],
     "is damaged, or no checkpoint": [f"--init_from={ROOT / 'README.md'}"],
     "it needs --sample_every 0": ["--sample_every=5"],
@@ -130,8 +131,8 @@ REFUSALS = {
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_refusals_name_the_remedy_and_write_nothing(message, tiny, tmp_path):
-    if message.startswith("device is cuda") and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+    if message.startswith("device is") and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        pytest.skip("this machine has a GPU")
     config = parse_args([*flags_of(tiny()), *REFUSALS[message]])
     with pytest.raises(InputError) as error:
         main(config)
