@@ -3,9 +3,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, losses, run
 
 from lib.common import InputError
 from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, TrainConfig, generate, get_lr
@@ -190,16 +191,22 @@ def test_learning_rate_corners():
     assert get_lr(0, none) == pytest.approx(1.0)
 
 
-def test_from_pretrained_through_the_hub_cache(tmp_path):
-    """The real client reads OpenAI's layout from a local hub cache: a small stand-in under the name gpt2."""
+def stand_in_for_gpt2(folder):
+    """A small random GPT-2 in the local cache of the hub's client, under OpenAI's name. Returns it and the environment
+    in which the client finds it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
-    folder = tmp_path / "hub" / "models--gpt2"
-    theirs.save_pretrained(folder / "snapshots" / ("0" * 40))
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0" * 40)
+    cached = folder / "hub" / "models--gpt2"
+    theirs.save_pretrained(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    return theirs, {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+
+
+def test_from_pretrained_through_the_hub_cache(tmp_path):
+    theirs, env = stand_in_for_gpt2(tmp_path)
     idx = torch.randint(50257, (2, 30))
     torch.save(idx, tmp_path / "idx.pt")
     script = (
@@ -207,9 +214,30 @@ def test_from_pretrained_through_the_hub_cache(tmp_path):
         "torch.save(model(torch.load(sys.argv[1]))[0], sys.argv[2])"
     )
     arguments = [tmp_path / "idx.pt", tmp_path / "out.pt"]
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=env, check=True)
+    subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env={**os.environ, **env}, check=True)
     assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
+
+
+def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):
+    """As in the README: own text to shards, a few steps from gpt2, a resume, and text from the result."""
+    theirs, env = stand_in_for_gpt2(tmp_path)
+    (tmp_path / "poems.txt").write_text("Roses are red, violets are blue. " * 400)
+    built = run("fineweb.py", "--source", tmp_path / "poems.txt", "--out", tmp_path / "poems")
+    assert built.returncode == 0, built.stdout
+    flags = (
+        "--init_from=gpt2", "--sequence_length=64", "--total_batch_size=512", "--micro_batch_size=4", "--max_lr=3e-3",
+        "--warmup_steps=2", "--val_every=10", "--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=10",
+        "--device=cpu", f"--data_dir={tmp_path / 'poems'}", f"--log_dir={tmp_path / 'tuned'}",
+    )  # fmt: skip
+    first = run("train_gpt2.py", *flags, "--max_steps=10", env=env)
+    assert first.returncode == 0, first.stdout
+    with torch.no_grad():
+        tokens = np.load(next((tmp_path / "poems").glob("*_val_*.npy")))[:64].astype(np.int64)
+        begin = theirs(input_ids=torch.tensor(tokens[None]), labels=torch.tensor(tokens[None])).loss.item()
+    val = losses(tmp_path / "tuned", "val")
+    assert val[0] == pytest.approx(begin, abs=0.05) and val[10] < val[0] - 1  # from their weights, and better
+    resumed = run("train_gpt2.py", *flags, "--init_from=resume", "--max_steps=12", env=env)
+    assert resumed.returncode == 0 and "resuming at step 10" in resumed.stdout, resumed.stdout
 
 
 def test_unknown_pretrained_name_is_refused():
