@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import EOT, InputError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command
+from lib.common import EOT, UserError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command
 from lib.hub import FINEWEB_EDU
 from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manifest, removed_if_empty, write_manifest
 from lib.shards import check_shard_set, open_shard, read_manifest
@@ -91,7 +91,7 @@ def tokenize_in_parallel(chunks, pool, workers):
         try:
             for start, texts in itertools.islice(chunks, count):
                 pending.append((start, pool.submit(tokenize, texts)))
-        except InputError as error:
+        except UserError as error:
             pending.append((None, Future()))
             pending[-1][1].set_exception(error)
 
@@ -153,7 +153,7 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     if not shards:  # all of the text is in the buffer
         tenth = max(1, filled // 10)
         if not may_cut or filled < 2:
-            raise InputError(
+            raise UserError(
                 f"{manifest['source']} has {filled:,} tokens, which leaves none for training after a validation shard "
                 f"of {len(buffer):,}: give more text or --shard_size {tenth}"
             )
@@ -223,7 +223,7 @@ def build(
     unfinished one goes on after its last shard. Without a shard_size it is a tenth of the tokens that the sizes of the
     files promise, 100M at most.
 
-    Raises InputError for a source that cannot be read and for a folder that holds something else.
+    Raises UserError for a source that cannot be read and for a folder that holds something else.
     """
     out, workers = Path(out), workers or os.cpu_count()
     about, open_source = find_source(source, name, split, text_column, revision)
@@ -241,9 +241,9 @@ def build(
                     return manifest
                 return build_shards(out, wanted, manifest, open_source, pool, workers, keep)
     except BrokenProcessPool:
-        raise InputError("a worker died, most likely for want of memory: start again with fewer --workers") from None
+        raise UserError("a worker died, most likely for want of memory: start again with fewer --workers") from None
     except OSError as error:  # a full disk, for one
-        raise InputError(f"cannot write {out}: {error}; start again to go on after the last finished shard") from error
+        raise UserError(f"cannot write {out}: {error}; start again to go on after the last finished shard") from error
 
 
 def main():

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from lib.common import EOT, InputError, atomic_write, get_tokenizer, run_as_command
+from lib.common import EOT, UserError, atomic_write, get_tokenizer, run_as_command
 from lib.machine import sum_over_ranks
 
 FOLDER = Path(__file__).parent / "hellaswag"
@@ -41,13 +41,13 @@ def fetch(split):
         content = path.read_bytes() if found else urllib.request.urlopen(url, timeout=30).read()
         if split in SHA256 and hashlib.sha256(content).hexdigest() != SHA256[split]:
             what, remedy = (path, "delete it to fetch it again") if found else (url, "try again")
-            raise InputError(f"{what} is not the published file, {len(content):,} bytes, wrong sha256: {remedy}")
+            raise UserError(f"{what} is not the published file, {len(content):,} bytes, wrong sha256: {remedy}")
         if not found:
             FOLDER.mkdir(exist_ok=True)
             with atomic_write(path) as file:
                 file.write(content)
     except (OSError, HTTPException) as error:
-        raise InputError(f"cannot fetch {url} to {path} ({error}): put it there, or name another with --data") from None
+        raise UserError(f"cannot fetch {url} to {path} ({error}): put it there, or name another with --data") from None
     return path
 
 
@@ -56,7 +56,7 @@ def iterate_examples(split="val", path=None, style="completion"):
     try:
         lines = Path(path or fetch(split)).read_bytes().splitlines()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
         try:
             example = json.loads(line.decode("utf-8"))
@@ -65,7 +65,7 @@ def iterate_examples(split="val", path=None, style="completion"):
                 raise ValueError("a value is of the wrong kind")
         except (ValueError, KeyError, TypeError) as error:
             wanted = f"a JSON object with {', '.join(FIELDS[style])}, label 0 to 3 and 4 endings"
-            raise InputError(f"{path}, line {number}: --style {style} needs {wanted}, not {error!r}. Mend it") from None
+            raise UserError(f"{path}, line {number}: --style {style} needs {wanted}, not {error!r}. Mend it") from None
         yield example
 
 
@@ -127,7 +127,7 @@ def load(rank, local_rank, world_size, device, max_length):
     if local_rank == 0:
         try:
             fetch("val")
-        except InputError as error:
+        except UserError as error:
             have = 0
             print(f"going on without HellaSwag: {error}", flush=True)
     have = sum_over_ranks(torch.tensor(have, device=device)).item()
@@ -176,14 +176,14 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
     from train_gpt2 import load_model
 
     if limit is not None and limit < 1:
-        raise InputError(f"--limit is {limit}: it must be 1 or more")
+        raise UserError(f"--limit is {limit}: it must be 1 or more")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {device!r} here, choose cuda, mps or cpu with -d: {error}") from None
+        raise UserError(f"no device {device!r} here, choose cuda, mps or cpu with -d: {error}") from None
     examples = list(islice(iterate_examples("val", path, style), limit))
     if not examples:
-        raise InputError(f"{path} is empty: it must hold HellaSwag items, one JSON object a line")
+        raise UserError(f"{path} is empty: it must hold HellaSwag items, one JSON object a line")
     torch.set_float32_matmul_precision("high")
     model = load_model(model_name).to(device)
     batches = make_batches(examples, max_length=model.config.block_size, style=style)
@@ -202,7 +202,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
             with atomic_write(json_path) as file:
                 file.write(json.dumps(facts).encode())
         except OSError as error:
-            raise InputError(f"cannot write {json_path}: {error}") from None
+            raise UserError(f"cannot write {json_path}: {error}") from None
 
 
 def main():

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 from lib import dataset, hugging_face, knobs, machine, plan, reference
 from lib.checkpoint import load_checkpoint
-from lib.common import InputError, get_tokenizer, run_as_command, say
+from lib.common import UserError, get_tokenizer, run_as_command, say
 from lib.cpu_loss import ChunkedCrossEntropy
 from lib.dataset import TokenStream
 from lib.memory import fit_micro_batch
@@ -236,13 +236,13 @@ class GPT(nn.Module):
     def from_pretrained(cls, name):
         """OpenAI's weights from the Hugging Face hub: gpt2 (124M), gpt2-medium, gpt2-large or gpt2-xl."""
         if name not in OPENAI_MODELS:
-            raise InputError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
+            raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
         try:
             from transformers import GPT2LMHeadModel
 
             theirs = GPT2LMHeadModel.from_pretrained(name)
         except (ImportError, OSError) as error:
-            raise InputError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
+            raise UserError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
         return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), cls, GPTConfig)
 
     def flops_per_token(self):
@@ -266,7 +266,7 @@ def load_model(name):
     if name in OPENAI_MODELS:
         return GPT.from_pretrained(name)
     if not Path(name).exists():
-        raise InputError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
+        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
     read = hugging_face.read_folder if Path(name).is_dir() else load_checkpoint
     return rebuild(read(name), GPT, GPTConfig)
 
@@ -280,7 +280,7 @@ def initial_model(config, checkpoint):
         return GPT(GPTConfig(T, V, c.n_layer, c.n_head, c.n_embd))
     model = load_model(c.init_from)
     if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
-        raise InputError(
+        raise UserError(
             f"{c.init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
             f"sequence_length from {T} and vocab_size from {V} to those"
         )
@@ -305,7 +305,7 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise InputError(f"{data_root}/ has {len(self.tokens)} {split} tokens, too few for {T} + 1: build more")
+            raise UserError(f"{data_root}/ has {len(self.tokens)} {split} tokens, too few for {T} + 1: build more")
         self.reset()
 
     def reset(self):
@@ -541,7 +541,7 @@ def train(config, run):
 def main(config):
     """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
 
-    Raises InputError for what the user can put right.
+    Raises UserError for what the user can put right.
     """
     knobs.check(config, int(os.environ.get("WORLD_SIZE", 1)), OPENAI_MODELS)
     if config.plan:

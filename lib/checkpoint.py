@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from lib.common import InputError, atomic_write, say
+from lib.common import UserError, atomic_write, say
 
 NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; other names in the folder are other people's
 COMMENT_LENGTH = struct.pack("<H", 64)  # of a sha256 in hexadecimal, as the last field of a zip archive
@@ -75,7 +75,7 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
     """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to it, where `prune` says so.
 
     On a full disk the oldest spare one makes room, where `prune` allows it. Returns False, having said so, where it
-    could not be written; the newest of the older ones is intact then. Raises InputError where the folder is gone.
+    could not be written; the newest of the older ones is intact then. Raises UserError where the folder is gone.
     """
     step = contents["step"]
     path = log_dir / f"model_{step:05d}.pt"
@@ -85,7 +85,7 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
             break
         except (OSError, RuntimeError) as error:
             if not log_dir.is_dir():
-                raise InputError(f"{log_dir}/ {GONE}") from None
+                raise UserError(f"{log_dir}/ {GONE}") from None
             older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if retry or not full or not prune or len(older) < 2:
@@ -103,7 +103,7 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
 def load_checkpoint(path, mmap=False):
     """Read a checkpoint onto the CPU, as a dict with at least KINDS; with mmap, a machine's ranks share its memory.
 
-    Raises InputError where it is damaged or none.
+    Raises UserError where it is damaged or none.
     """
     try:
         with open(path, "rb") as file:
@@ -113,14 +113,14 @@ def load_checkpoint(path, mmap=False):
                 digest.update(chunk)
             digest.update(bytes(2))  # the comment length that torch wrote
             if file.read() != COMMENT_LENGTH + digest.hexdigest().encode():
-                raise InputError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
+                raise UserError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
         # weights_only, since other pickles could run anything
         contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"cannot load {path}: {error}") from None
+        raise UserError(f"cannot load {path}: {error}") from None
     for name, kind in KINDS.items():
         if not isinstance(contents, dict) or not isinstance(contents.get(name), kind):
-            raise InputError(f"{path} is no checkpoint of train_gpt2.py: its {name} is not a {kind.__name__}")
+            raise UserError(f"{path} is no checkpoint of train_gpt2.py: its {name} is not a {kind.__name__}")
     return contents
 
 
@@ -131,10 +131,10 @@ def newest_whole_checkpoint(log_dir):
         try:
             load_checkpoint(path)
             return path
-        except InputError as error:
+        except UserError as error:
             say(f"warning: {error}; falling back to the checkpoint before it")
     if paths:
-        raise InputError(f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup")
+        raise UserError(f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup")
     return None
 
 

@@ -25,7 +25,7 @@ OUR_TEMPORARY = re.compile(
 )
 
 
-class InputError(ValueError):
+class UserError(ValueError):
     """Something that the user can put right. The message says what was found, what was expected and what to do."""
 
 
@@ -45,23 +45,23 @@ def say(message, stream=None):
 
 
 def report(error):
-    """Say an error that ends the program, on stderr: an InputError as one line, any other with its traceback. Returns
+    """Say an error that ends the program, on stderr: a UserError as one line, any other with its traceback. Returns
     the exit code."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    known = isinstance(error, InputError)
+    known = isinstance(error, UserError)
     say(f"{rank}error: {error}" if known else rank + "".join(traceback.format_exception(error)), sys.stderr)
     return 2 if known else 1
 
 
 def run_as_command(run, *args):
-    """Call run(*args) as a program: an InputError becomes its message and exit code 2, without a traceback.
+    """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
 
     A run that a signal ended exits with 128 + the signal's number, as in a shell; under torchrun with 0, since torchrun
     would restart it, as it shall where one machine's torchrun was killed.
     """
     try:
         result = run(*args)
-    except InputError as error:
+    except UserError as error:
         sys.exit(report(error))
     number = result.get("signal") if isinstance(result, dict) else None
     if number and ("TORCHELASTIC_RUN_ID" not in os.environ or number == signal.SIGKILL):
@@ -94,7 +94,7 @@ def lock_folder(folder, purpose=""):
     """Make the folder and hold it for this process, by a lock of the operating system that goes when the process does.
     Yields what the holder before noted in it; this one notes its process id, host and `purpose`.
 
-    Raises InputError, with that note, where another process holds it. Clears our own stale temporary files.
+    Raises UserError, with that note, where another process holds it. Clears our own stale temporary files.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -107,7 +107,7 @@ def lock_folder(folder, purpose=""):
                 if fcntl:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"{folder}/ is being written by {before}: wait, or stop it with kill") from None
+                raise UserError(f"{folder}/ is being written by {before}: wait, or stop it with kill") from None
             except OSError as error:  # some network file systems have no locks
                 say(f"warning: {folder}/ cannot be locked ({error}): see to it that nothing else writes it")
             file.truncate(0)
@@ -116,7 +116,7 @@ def lock_folder(folder, purpose=""):
                 if OUR_TEMPORARY.fullmatch(path.name):
                     path.unlink()
         except OSError as error:
-            raise InputError(f"cannot write {folder}/: {error}. Mend that, or choose another folder") from None
+            raise UserError(f"cannot write {folder}/: {error}. Mend that, or choose another folder") from None
         yield before
 
 

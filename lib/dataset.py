@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 
-from lib.common import InputError
+from lib.common import UserError
 from lib.shards import find_shards, open_shard, read_manifest
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
@@ -20,7 +20,7 @@ def open_file(path):
 
 class TokenFile:
     """The tokens of a shard, read when they are needed. A memory map would end the process with SIGBUS where a file is
-    cut short while the run reads it; here it is an error with a name. Raises InputError for what is no whole shard."""
+    cut short while the run reads it; here it is an error with a name. Raises UserError for what is no whole shard."""
 
     def __init__(self, path):
         self.path, self.offset, self.length = path, NPY_HEADER, (path.stat().st_size - NPY_HEADER) // 2
@@ -40,9 +40,9 @@ class TokenFile:
             file.seek(self.offset + 2 * start)
             tokens = np.frombuffer(file.read(2 * (end - start)), "<u2")
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {self.path}: {error}. Put it back, and resume") from None
+            raise UserError(f"cannot read {self.path}: {error}. Put it back, and resume") from None
         if len(tokens) < end - start:
-            raise InputError(f"{self.path} has become shorter than {end} tokens: put it back as it was, and resume")
+            raise UserError(f"{self.path} has become shorter than {end} tokens: put it back as it was, and resume")
         return tokens
 
     def fingerprint(self, pieces):
@@ -63,7 +63,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start, end):
-        """The tokens from start to end as uint16. Raises InputError for an id that is not below vocab_size: on CUDA it
+        """The tokens from start to end as uint16. Raises UserError for an id that is not below vocab_size: on CUDA it
         would end the process without a word."""
         pieces = []  # one, or several where it crosses from shard to shard
         while start < end:
@@ -71,7 +71,7 @@ class TokenStream:
             shard, begin = self.shards[i], int(self.ends[i]) - self.shards[i].length
             tokens = shard.read(start - begin, end - begin)
             if tokens.max() >= self.vocab_size:
-                raise InputError(
+                raise UserError(
                     f"{shard.path} has token id {tokens.max()} at offset {start - begin + tokens.argmax()}, not below "
                     f"vocab_size {self.vocab_size}: it is damaged or made with another tokenizer, build it again"
                 )
@@ -81,12 +81,12 @@ class TokenStream:
 
 
 def check(data_root, T, sequences):
-    """Raise InputError where the shards are not whole, or hold less than the `sequences` of T tokens of a step. Returns
+    """Raise UserError where the shards are not whole, or hold less than the `sequences` of T tokens of a step. Returns
     what tells them from others: by name, the token count, the sha256 that a manifest has, a fingerprint."""
     open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
     train, val = (TokenStream(data_root, split) for split in ("train", "val"))
     if (found := (len(train) - 1) // T) < sequences:
-        raise InputError(
+        raise UserError(
             f"{data_root}/ has {found} training sequences of {T} tokens, too few for one step of {sequences}: build "
             "more, or lower total_batch_size"
         )

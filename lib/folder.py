@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib import checkpoint as checkpoints
-from lib.common import InputError, lock_folder, say
+from lib.common import UserError, lock_folder, say
 from lib.log import METRICS, Log, cut_log
 from lib.tracker import Tracker, start_beside, wait_for
 
@@ -33,12 +33,12 @@ class RunFolder:
     def refuse_other_run(self):
         files = list(self.path.iterdir()) if self.path.is_dir() else []
         if any(path.name == "log.txt" or checkpoints.NAME.fullmatch(path.name) for path in files):
-            raise InputError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
+            raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
     def open(self, resume, restarted):
         """Lock the folder; return the path of its newest whole checkpoint, None where there is none.
 
-        Raises InputError where it holds a run and this is neither to resume it nor a restart by the torchrun that began
+        Raises UserError where it holds a run and this is neither to resume it nor a restart by the torchrun that began
         it, whose id stands in the lock.
         """
         launch = f", torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
@@ -48,7 +48,7 @@ class RunFolder:
         if not resume and not (restarted and before.endswith(launch)):
             try:
                 self.refuse_other_run()
-            except InputError:  # or a restart of this launch would take the run for its own
+            except UserError:  # or a restart of this launch would take the run for its own
                 (self.path / "lock").write_text(before)
                 raise
         self.log = self.stack.enter_context(contextlib.closing(Log(self.path / "log.txt")))
@@ -89,10 +89,10 @@ class RunFolder:
             self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", *flags, **nowhere)
 
     def check_saved(self):
-        """Raise InputError where what the run became is not all on the disk."""
+        """Raise UserError where what the run became is not all on the disk."""
         if self.log and not self.path.is_dir():
-            raise InputError(f"{self.path}/ {checkpoints.GONE}")
+            raise UserError(f"{self.path}/ {checkpoints.GONE}")
         if self.log and (self.saved is False or not self.log.flush(sync=True)):
-            raise InputError(
+            raise UserError(
                 f"the last checkpoint could not be saved, or not all of log.txt: make room in {self.path}/ and resume"
             )

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from lib.common import InputError, hash_file
+from lib.common import UserError, hash_file
 from lib.shards import split_of
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -26,7 +26,7 @@ RETRY_DELAY = float(os.environ.get("HUB_RETRY_DELAY", 2))  # seconds before the 
 
 
 def with_retries(what, attempt):
-    """Return attempt(), tried again, with growing delays, while that can help. Raises InputError where it cannot."""
+    """Return attempt(), tried again, with growing delays, while that can help. Raises UserError where it cannot."""
     for tries in range(1, TRIES + 1):
         try:
             return attempt()
@@ -36,14 +36,14 @@ def with_retries(what, attempt):
             if isinstance(error, (TypeError, AttributeError)) or getattr(error, "errno", None) in DISK_FULL:
                 raise  # not the network's doing
             if status in (401, 403, 404):
-                raise InputError(
+                raise UserError(
                     f"cannot read {what} from the Hugging Face hub: {reason} Check the name and the --revision; "
                     "a private or gated data set needs its terms accepted and the token of `hf auth login`"
                 ) from None
             # other 4xx are final but for a timeout and too many requests; so is the client's own offline mode
             final = (400 <= status < 500 and status not in (408, 429)) or type(error).__name__ == "OfflineModeIsEnabled"
             if final or tries == TRIES:
-                raise InputError(
+                raise UserError(
                     f"cannot read {what} from the Hugging Face hub, tried {tries} times: {reason} Check the network "
                     "and start again, which goes on from here; without one, use local files or --source demo"
                 ) from None
@@ -84,7 +84,7 @@ def list_files(dataset, revision=None, name=None, split="train"):
     chosen = [files[path] for path in choose_files(files, name, split)]
     if not chosen:
         folders = sorted({str(Path(path).parent) for path in files if path.endswith(".parquet")})
-        raise InputError(
+        raise UserError(
             f"{dataset} at {commit} has no .parquet files for --name {name} --split {split}, nor .bin token shards; "
             f"its folders with .parquet files: {', '.join(folders[:20]) or 'none'}"
         )

@@ -5,7 +5,7 @@ GPT-2 in Hugging Face's layout: the names and shapes of its config and weights, 
 import json
 from pathlib import Path
 
-from lib.common import EOT, InputError, get_tokenizer
+from lib.common import EOT, UserError, get_tokenizer
 
 CONFIG = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
 FIXED = {  # what our code computes; these are also the defaults of a config.json that does not say
@@ -33,12 +33,12 @@ def to_theirs(config, weights):
 
 
 def to_ours(config, weights):
-    """Their config and weights (dicts) as lib.restore.rebuild takes them. Raises InputError for another model."""
+    """Their config and weights (dicts) as lib.restore.rebuild takes them. Raises UserError for another model."""
     other = [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
     if missing := [name for name in CONFIG.values() if name not in config]:
         other += [f"no {', '.join(missing)}"]
     if other:
-        raise InputError(f"its config is not that of a GPT-2 that this code computes: it has {'; '.join(other)}")
+        raise UserError(f"its config is not that of a GPT-2 that this code computes: it has {'; '.join(other)}")
     ours = {}
     for name, weight in weights.items():
         name = name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer.")
@@ -49,17 +49,17 @@ def to_ours(config, weights):
 
 
 def read_folder(folder):
-    """A folder with config.json and model.safetensors, as lib.restore.rebuild takes it, or InputError."""
+    """A folder with config.json and model.safetensors, as lib.restore.rebuild takes it, or UserError."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise InputError(f"to read {folder}/ takes pip install safetensors") from None
+        raise UserError(f"to read {folder}/ takes pip install safetensors") from None
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return to_ours(config, load_file(Path(folder) / "model.safetensors"))
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise InputError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: {error}") from None
+        raise UserError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: {error}") from None
 
 
 def split(token, ranks):

@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib.common import InputError
+from lib.common import UserError
 
 # from, to (both allowed) for each number
 RANGES = {
@@ -93,29 +93,29 @@ def conditions(c, world_size, model_names):
 
 
 def check(c, world_size, model_names):
-    """Raise InputError, with the remedy, for knobs that cannot run."""
+    """Raise UserError, with the remedy, for knobs that cannot run."""
     for name, (least, most) in RANGES.items():
         if not least <= getattr(c, name) <= most:  # so that NaN is refused, too
             limit = f"{least} or more" if getattr(c, name) < least else f"from {least} to {most}"
-            raise InputError(f"{name} is {getattr(c, name)}: it must be {limit}")
+            raise UserError(f"{name} is {getattr(c, name)}: it must be {limit}")
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             names = " ".join(choice or "empty" for choice in choices)
-            raise InputError(f"{name} is {getattr(c, name)!r}: it must be one of {names}")
+            raise UserError(f"{name} is {getattr(c, name)!r}: it must be one of {names}")
     for holds, message in conditions(c, world_size, model_names):
         if not holds:
-            raise InputError(message)
+            raise UserError(message)
 
 
 def compare_runs(before, now, step):
-    """Raise InputError where the knobs or the data of two runs (dicts with train_config and data) differ such that the
+    """Raise UserError where the knobs or the data of two runs (dicts with train_config and data) differ such that the
     first could not be continued exactly at `step`. Returns what else was changed, as text."""
     if not isinstance(before.get("data"), dict) or step < 0:
-        raise InputError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) are no run's")
+        raise UserError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) are no run's")
     old, new = before["train_config"], now["train_config"]
     for name in FIXED:
         if old.get(name) != new[name]:
-            raise InputError(
+            raise UserError(
                 f"cannot resume: {name} was {old.get(name)} when the run began, it is {new[name]} now: give --{name} "
                 f"{old.get(name)}, or start a new run in another --log_dir"
             )
@@ -123,12 +123,12 @@ def compare_runs(before, now, step):
         was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
         both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # a sha256 takes a manifest
         if len(was) != len(found) or any(a != b for a, b in both):
-            raise InputError(
+            raise UserError(
                 f"cannot resume: {name} is not the shard that the run began with (tokens, sha256, fingerprint: {was}, "
                 f"now {found}): put the old one back, or start a new run in another --log_dir"
             )
     if new["max_steps"] < step:
-        raise InputError(f"cannot resume: the run is at step {step}, beyond max_steps {new['max_steps']}")
+        raise UserError(f"cannot resume: the run is at step {step}, beyond max_steps {new['max_steps']}")
     changed = [f"{name} {old[name]} -> {new[name]}" for name in CHANGEABLE if name in old and old[name] != new[name]]
     changed += [f"{name} is new" for name in new if name not in old]
     changed += [f"{name} is gone" for name in old if name not in new]

@@ -8,7 +8,7 @@ import os
 import re
 from typing import NamedTuple
 
-from lib.common import InputError, atomic_write, say
+from lib.common import UserError, atomic_write, say
 
 RECORD = re.compile(rb"(\d+) (train|val|hella) -?(\d+\.\d+|nan|inf)")
 
@@ -90,16 +90,16 @@ def cut_log(path, step):
             with atomic_write(path) as file:
                 file.write(b"".join(record[0] + b"\n" for record in records if int(record[1]) < step))
     except OSError as error:
-        raise InputError(f"cannot rewrite {path}: {error}. Make room, or mend its permissions, and resume") from None
+        raise UserError(f"cannot rewrite {path}: {error}. Make room, or mend its permissions, and resume") from None
 
 
 def read_log(path):
     """{kind: {step: value}} of a log.txt. Where its steps go back, since a run was resumed or a second one follows, the
-    earlier records from that step on are dropped. Raises InputError where none are left."""
+    earlier records from that step on are dropped. Raises UserError where none are left."""
     try:
         *lines, _torn = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
+        raise UserError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
     records, last, strange = {}, 0, 0
     for line in lines:
         if not RECORD.fullmatch(line):
@@ -114,5 +114,5 @@ def read_log(path):
     if strange:
         say(f"warning: {path} has {strange} lines that are no records: skipped")
     if not records:
-        raise InputError(f"{path} has no records{'' if lines else ' yet'}, which are lines like 250 val 6.2907")
+        raise UserError(f"{path} has no records{'' if lines else ' yet'}, which are lines like 250 val 6.2907")
     return records

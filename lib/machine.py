@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
-from lib.common import InputError, say
+from lib.common import UserError, say
 
 # dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, by a word or words of the device's name
 PEAK_TFLOPS = {
@@ -37,7 +37,7 @@ def distributed(device, timeout):
         device = "mps" if torch.backends.mps.is_available() and not world_size else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
     if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device, torch.cpu).is_available() is False:
-        raise InputError(f"device is {device}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
+        raise UserError(f"device is {device}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
     device = torch.device(device, local_rank if device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.common import InputError
+from lib.common import UserError
 from lib.machine import sum_over_ranks
 
 
@@ -40,7 +40,7 @@ def gradients_into_buckets(ddp, device):
 def fit_in_memory(attempt, size, total, recompute, device):
     """Return the first (size, what to say of it) with which attempt(size, recompute) fits on all ranks: the size given,
     else the largest power of two that divides total; with activation checkpointing if recompute, or, where that is
-    None, if nothing fits without. Raises InputError where nothing fits at all.
+    None, if nothing fits without. Raises UserError where nothing fits at all.
     """
     sizes = [size] + [2**i for i in reversed(range(size.bit_length())) if 2**i < size and total % 2**i == 0]
     for checkpointing in [False, True] if recompute is None else [recompute]:
@@ -61,7 +61,7 @@ def fit_in_memory(attempt, size, total, recompute, device):
                 torch.cuda.empty_cache()
             if "torch._dynamo" in sys.modules:
                 torch.compiler.reset()  # it compiles for a limited number of shapes
-    raise InputError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
+    raise UserError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
 def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, device):

@@ -7,16 +7,16 @@ from dataclasses import fields
 
 import torch
 
-from lib.common import InputError
+from lib.common import UserError
 
 
 def rebuild(checkpoint, model_class, config_class):
-    """The model of a checkpoint, on the CPU. Raises InputError where its weights are not those of its config, or the
+    """The model of a checkpoint, on the CPU. Raises UserError where its weights are not those of its config, or the
     config is not one of this code."""
     config, weights = checkpoint["config"], checkpoint["model"]
     names = sorted(field.name for field in fields(config_class))
     if sorted(config) != names or not all(isinstance(value, int) and value > 0 for value in config.values()):
-        raise InputError(f"the checkpoint's model has the config {config}: this code needs whole numbers for {names}")
+        raise UserError(f"the checkpoint's model has the config {config}: this code needs whole numbers for {names}")
     found = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
     expected = {}
     if config["n_layer"] <= len(weights) and config["n_embd"] % config["n_head"] == 0:
@@ -25,7 +25,7 @@ def rebuild(checkpoint, model_class, config_class):
             expected = {name: tuple(p.shape) for name, p in model_class(config_class(**config)).state_dict().items()}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
-            raise InputError(
+            raise UserError(
                 f"the checkpoint's model does not fit its config {config}: {name} has the shape {found.get(name)}, "
                 f"not {expected.get(name)}"
             )
@@ -36,7 +36,7 @@ def rebuild(checkpoint, model_class, config_class):
 
 def load_optimizer(optimizer, state, trained):
     """Load moments, which a `trained` model must have, into an optimizer that keeps its own settings but for the rate,
-    which each step sets. Raises InputError where their shapes differ: the fused kernel would read beyond them."""
+    which each step sets. Raises UserError where their shapes differ: the fused kernel would read beyond them."""
     own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     try:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -50,7 +50,7 @@ def load_optimizer(optimizer, state, trained):
                 raise ValueError(f"parameter {index} has moments of the shapes {found}, not {expected}")
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot resume: the optimizer's state does not fit this model: {error!r}") from None
+        raise UserError(f"cannot resume: the optimizer's state does not fit this model: {error!r}") from None
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
 
@@ -76,4 +76,4 @@ def restore(checkpoint, stateful):
             elif checkpoint.get(name):  # a run in float32 leaves an empty state of its gradient scaler
                 part.load_state_dict(checkpoint[name])
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"cannot resume: the checkpoint's {name} is missing or of another kind: {error!r}") from None
+        raise UserError(f"cannot resume: the checkpoint's {name} is missing or of another kind: {error!r}") from None

@@ -9,7 +9,7 @@ import torch
 
 from lib import checkpoint as checkpoints
 from lib import machine
-from lib.common import InputError, report, say
+from lib.common import UserError, report, say
 from lib.folder import RunFolder, git_commit
 from lib.knobs import compare_runs
 from lib.log import METRICS, rates
@@ -136,7 +136,7 @@ class Run:
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""
         first = self.step - self.nonfinite
         before = checkpoints.set_aside(self.folder.path, first) if self.rank == 0 else None
-        raise InputError(
+        raise UserError(
             f"not finite in {self.nonfinite} steps in a row up to step {self.step - 1}: try a lower max_lr or --dtype "
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"
         )

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from lib.common import InputError, atomic_write, hash_file
+from lib.common import UserError, atomic_write, hash_file
 from lib.shards import SHARD_NAME, open_shard, read_manifest
 
 DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone, since it is deleted whole
@@ -17,17 +17,17 @@ TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".txt": 0.25, ".gz": 0.6, 
 
 
 def find_manifest(out, wanted, verify=False):
-    """The manifest of the shards in a folder, None where there are none. Raises InputError for the shards of another
+    """The manifest of the shards in a folder, None where there are none. Raises UserError for the shards of another
     source or other flags, and for shards that are not what the manifest says."""
     manifest = read_manifest(out)
     if not manifest:
         if out.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in out.iterdir()):
-            raise InputError(f"{out} already holds shards of unknown origin: choose another --out or delete it")
+            raise UserError(f"{out} already holds shards of unknown origin: choose another --out or delete it")
         return None
     found = {key: manifest.get(key) for key in wanted if manifest.get(key) != wanted[key]}
     if found:
         asked = {key: wanted[key] for key in found}
-        raise InputError(
+        raise UserError(
             f"{out} already holds shards of {manifest.get('source')} with {found}, not with {asked}: start again with "
             "the flags of before, choose another --out, or delete it"
         )
@@ -36,7 +36,7 @@ def find_manifest(out, wanted, verify=False):
         tokens = len(open_shard(path))
         if tokens != shard["tokens"] or (verify and hash_file(path) != shard["sha256"]):
             reason = "the sha256" if tokens == shard["tokens"] else f"the {shard['tokens']:,} tokens"
-            raise InputError(f"{path} does not have {reason} that the manifest says: delete {out} and build it again")
+            raise UserError(f"{path} does not have {reason} that the manifest says: delete {out} and build it again")
     if manifest["complete"]:
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
         print(
@@ -57,13 +57,13 @@ def estimate_tokens(files):
 
 
 def check_disk(out, manifest, estimate, keep):
-    """Raise InputError where the disk has no room for the estimated tokens and for what is still to be fetched."""
+    """Raise UserError where the disk has no room for the estimated tokens and for what is still to be fetched."""
     need = 2 * max(0, estimate - sum(shard["tokens"] for shard in manifest["shards"]))
     fetched = [f["size"] for f in manifest["files"] if "hash" in f and not (out / DOWNLOADS / f["file"]).exists()]
     need += sum(fetched if keep else sorted(fetched)[-2:])  # without `keep` they lie there one or two at a time
     free = shutil.disk_usage(out).free
     if need > free:
-        raise InputError(
+        raise UserError(
             f"{out} needs {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: make room, or choose another "
             "--out"
         )
@@ -76,7 +76,7 @@ def removed_if_empty(out):
     """Leave no folder behind where an error comes before anything of worth is in it."""
     try:
         yield
-    except InputError:
+    except UserError:
         if not (out / "manifest.json").exists():
             (out / "lock").unlink(missing_ok=True)
             for _ in range(20):  # the thread that fetches the next file may be at work there

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import InputError
+from lib.common import UserError
 
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
 # What a manifest holds; an unfinished one also says how to go on. fineweb.py writes more, which nobody relies on
@@ -28,7 +28,7 @@ def check_fields(record, fields):
 
 
 def read_manifest(folder):
-    """The manifest of a folder of shards, or None where it has none (shards made by other tools). Raises InputError
+    """The manifest of a folder of shards, or None where it has none (shards made by other tools). Raises UserError
     for one that is not as fineweb.py writes it."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
@@ -44,7 +44,7 @@ def read_manifest(folder):
             for file in manifest["files"]:
                 check_fields(file, {"file": str})
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
+        raise UserError(
             f"{path} is unfinished or damaged: {error}. If fineweb.py made the folder, delete it and build it again; "
             "if the file is another program's, choose another folder for the shards"
         ) from None
@@ -58,34 +58,34 @@ def split_of(name):
 
 
 def find_shards(data_root, split):
-    """The paths of a split's shards in name order. Raises InputError where there are none."""
+    """The paths of a split's shards in name order. Raises UserError where there are none."""
     root = Path(data_root)
     paths = sorted(root.iterdir()) if root.is_dir() else []
     paths = [path for path in paths if split_of(path.name) == split]
     if not paths:
-        raise InputError(
+        raise UserError(
             f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, a 28 GB "
             f"download, or your own text with --source), or try python train_gpt2.py --preset demo"
         )
     manifest = read_manifest(root)
     if manifest and not manifest["complete"]:
-        raise InputError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
+        raise UserError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
     if manifest:
         listed = {shard["file"] for shard in manifest["shards"] if split_of(shard["file"]) == split}
         for name in sorted(listed ^ {path.name for path in paths}):
-            raise InputError(f"{root}/{name} is in the folder or in its manifest.json, not in both: build it again")
+            raise UserError(f"{root}/{name} is in the folder or in its manifest.json, not in both: build it again")
     return paths
 
 
 def check_shard_set(paths):
-    """Raise InputError unless these token shards can lie in one folder and have both splits."""
+    """Raise UserError unless these token shards can lie in one folder and have both splits."""
     for split in ("train", "val"):
         if not any(split_of(Path(path).name) == split for path in paths):
-            raise InputError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
+            raise UserError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
     of_name = {}
     for path in paths:
         if (other := of_name.setdefault(Path(path).name, path)) != path:
-            raise InputError(f"{other} and {path} have one name: choose the folder of one of them with --name")
+            raise UserError(f"{other} and {path} have one name: choose the folder of one of them with --name")
 
 
 def open_shard(path):
@@ -101,7 +101,7 @@ def open_shard(path):
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
             raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
+        raise UserError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
     return tokens
 
 
@@ -112,4 +112,4 @@ def build_missing(source, data_dir):
         command = ["fineweb.py", "--source", source, "--out", data_dir]
         print(f"{data_dir}/ is missing, building it: python {' '.join(command)}", flush=True)
         if subprocess.run([sys.executable, Path(__file__).parent.parent / command[0], *command[1:]]).returncode:
-            raise InputError(f"building {data_dir} failed, see above")
+            raise UserError(f"building {data_dir} failed, see above")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import hub
-from lib.common import InputError
+from lib.common import UserError
 
 TEXT_SUFFIXES = (".parquet", *(text + zipped for text in (".jsonl", ".txt") for zipped in ("", ".gz", ".zst")))
 
@@ -56,10 +56,10 @@ def table_documents(path, column, row):
     with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
         names, groups = table.schema_arrow.names, table.num_row_groups
         if column not in names:
-            raise InputError(f'{path} has no "{column}" column: choose --text_column from its columns, {names}')
+            raise UserError(f'{path} has no "{column}" column: choose --text_column from its columns, {names}')
         kind = str(table.schema_arrow.field(column).type)
         if kind not in ("string", "large_string", "string_view"):
-            raise InputError(f'column "{column}" of {path} holds {kind}, not text: choose --text_column from {names}')
+            raise UserError(f'column "{column}" of {path} holds {kind}, not text: choose --text_column from {names}')
         first = 0
         while first < groups and row >= (rows := table.metadata.row_group(first).num_rows):
             first, row = first + 1, row - rows
@@ -86,7 +86,7 @@ def line_documents(path, column, row):
                 if not isinstance(text, str | None):
                     raise TypeError(text)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(
+                raise UserError(
                     f'{path}, line {number} has no "{column}" string: {error!r:.200}; mend it, delete it, or name '
                     "another --text_column"
                 ) from None
@@ -105,11 +105,11 @@ def documents_of(path, column="text", row=0):
         else:
             yield from (table_documents if path.suffix == ".parquet" else line_documents)(path, column, row)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
-    except InputError:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
+    except UserError:
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are among them
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def find_source(source, name=None, split="train", text_column="text", revision=None):
@@ -120,7 +120,7 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
     """
     path = Path(source)
     if (source == "demo" or path.exists()) and (name or revision):
-        raise InputError(f"--name and --revision are for data sets on the hub, {source} is none: leave them out")
+        raise UserError(f"--name and --revision are for data sets on the hub, {source} is none: leave them out")
     if source == "demo":
         about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
         files = [{"file": "demo", "tokens": 1_000_000}]
@@ -128,14 +128,14 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
     if path.exists():
         paths = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.name.endswith(TEXT_SUFFIXES))
         if not paths:
-            raise InputError(f"{source} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
+            raise UserError(f"{source} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
         files = [{"file": p.name, "size": p.stat().st_size} for p in paths]
         # sizes stand in for a revision: enough to notice that the folder has changed
         revision = hashlib.sha256(repr([tuple(file.values()) for file in files]).encode()).hexdigest()
         about = {"source": str(path.resolve()), "revision": revision, "text_column": text_column}
         return about, lambda folder, commit, keep: (None, files, lambda first: list(enumerate(paths))[first:])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(TEXT_SUFFIXES):
-        raise InputError(
+        raise UserError(
             f"no file or folder {source}; a Hugging Face data set is written owner/name, like {hub.FINEWEB_EDU}"
         )
     if source in (hub.FINEWEB_EDU, "HuggingFaceFW/fineweb"):

@@ -31,7 +31,7 @@ from support import ROOT, TINY, command_of, environment, flags_of, read_log, wri
 
 sys.path.append(str(ROOT))
 from lib.checkpoint import list_checkpoints, load_checkpoint, newest_whole_checkpoint, step_of  # noqa: E402
-from lib.common import InputError  # noqa: E402
+from lib.common import UserError  # noqa: E402
 from train_gpt2 import TrainConfig, main  # noqa: E402
 
 SETTINGS = {**TINY, "n_layer": 1, "total_batch_size": 128, "val_every": 20, "max_lr": 1e-3, "min_lr_ratio": 1.0}
@@ -118,7 +118,7 @@ class Chaos:
         for path in list_checkpoints(self.log_dir):
             try:
                 load_checkpoint(path)
-            except InputError:
+            except UserError:
                 self.lost += 1
         self.lost += self.newest() < before
 

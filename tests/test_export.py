@@ -14,7 +14,7 @@ from support import ROOT, losses, run, write_shards
 
 import train_gpt2
 from lib.checkpoint import write_checkpoint
-from lib.common import InputError, get_tokenizer
+from lib.common import UserError, get_tokenizer
 from lib.hugging_face import read_folder
 from tools.export_hf import export
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
@@ -150,7 +150,7 @@ def umask():
 def test_a_folder_in_the_way_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "mine").write_text("text")
     for target in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(InputError, match="name a new folder, or delete it"):
+        with pytest.raises(UserError, match="name a new folder, or delete it"):
             export(str(checkpoint), str(target))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     (tmp_path / "empty").mkdir()
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     wide, small = {**contents["config"], "n_embd": 64}, {"model": small.state_dict(), "config": asdict(small.config)}
     for change, message in (({"config": wide}, "does not fit its config"), (small, "knows 512 ids")):
         write_checkpoint(tmp_path / "other.pt", {**contents, **change})
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             export(str(tmp_path / "other.pt"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +184,7 @@ def copy_with(folder, target, **changes):
      ({"n_embd": "wide"}, "needs whole numbers")],
 )  # fmt: skip
 def test_another_model_is_refused(folder, tmp_path, changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         load_model(str(copy_with(folder, tmp_path / "other", **changes)))
 
 
@@ -193,7 +193,7 @@ def test_another_model_is_refused(folder, tmp_path, changes, message):
 def test_damaged_files_are_named(folder, tmp_path, name, content):
     path = copy_with(folder, tmp_path / "damaged") / name
     path.write_bytes(content or path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="cannot load .*damaged/"):
+    with pytest.raises(UserError, match="cannot load .*damaged/"):
         load_model(str(path.parent))
 
 

@@ -28,7 +28,7 @@ import hellaswag
 import train_gpt2
 from lib import knobs
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, write_checkpoint
-from lib.common import InputError, hash_file, run_as_command
+from lib.common import UserError, hash_file, run_as_command
 from train_gpt2 import TrainConfig, main, parse_args
 
 SMALL = dict(n_layer=1, total_batch_size=128, micro_batch_size=4, max_steps=12, checkpoint_every=4, val_every=4,
@@ -145,7 +145,7 @@ def test_a_run_that_ends_between_the_first_look_and_the_lock_is_found(small, log
         return original(*args)
 
     monkeypatch.setattr(train_gpt2.dataset, "check", check)
-    with pytest.raises(InputError, match="holds a run"):
+    with pytest.raises(UserError, match="holds a run"):
         main(small(seed=7))
     before = read_log(log_dir)
     monkeypatch.setattr(train_gpt2.dataset, "check", original)
@@ -291,7 +291,7 @@ def test_making_room_never_takes_the_checkpoints_from_before_a_divergence(small,
 
         monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
         at_step(monkeypatch, {6}, lambda: now.append(True))
-        with pytest.raises(InputError, match="continues from .*model_0000[56].pt"):
+        with pytest.raises(UserError, match="continues from .*model_0000[56].pt"):
             main(small(checkpoint_every=1, keep_checkpoints=2))
         monkeypatch.undo()
         for path in log_dir.glob("*.not_finite"):
@@ -605,7 +605,7 @@ def test_any_knobs_give_a_run_or_a_message(tmp_path, monkeypatch, capsys):
         try:
             main(TrainConfig(**{**base, **chosen}))
             ends.append("run")
-        except InputError:
+        except UserError:
             ends.append("message")
 
     check()
@@ -613,7 +613,7 @@ def test_any_knobs_give_a_run_or_a_message(tmp_path, monkeypatch, capsys):
 
 
 def test_a_diverged_run_ends_with_the_remedy_and_not_in_its_samples(small):
-    with pytest.raises(InputError, match="not finite in 5 steps in a row.*try a lower max_lr"):
+    with pytest.raises(UserError, match="not finite in 5 steps in a row.*try a lower max_lr"):
         main(small(max_lr=1e29, warmup_steps=0, vocab_size=50304, n_embd=8, sample_every=1))
 
 

@@ -157,13 +157,13 @@ def test_a_source_that_cannot_be_read_is_refused_and_leaves_no_folder(name, tmp_
     content, message = REFUSED[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(fineweb.InputError, match=re.escape(message)):
+    with pytest.raises(fineweb.UserError, match=re.escape(message)):
         fineweb.build(str(tmp_path / name), tmp_path / "out", 1000, 1)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_shard_size_that_leaves_no_train_shard_is_refused(tmp_path, parquet):
-    with pytest.raises(fineweb.InputError, match="--shard_size"):
+    with pytest.raises(fineweb.UserError, match="--shard_size"):
         fineweb.build(str(parquet), tmp_path / "out", 100_000_000, 1)
     assert not (tmp_path / "out").exists()
 
@@ -171,14 +171,14 @@ def test_a_shard_size_that_leaves_no_train_shard_is_refused(tmp_path, parquet):
 def test_the_shards_of_another_source_are_refused(tmp_path, parquet):
     fineweb.build(str(parquet), tmp_path / "out", 1000, 1)
     (tmp_path / "other.txt").write_text("other text " * 3000)
-    with pytest.raises(fineweb.InputError, match="already holds shards of"):
+    with pytest.raises(fineweb.UserError, match="already holds shards of"):
         fineweb.build(str(tmp_path / "other.txt"), tmp_path / "out", 1000, 1)
 
 
 def test_shards_without_a_manifest_are_refused(tmp_path, parquet):
     fineweb.build(str(parquet), tmp_path / "out", 1000, 1)
     (tmp_path / "out" / "manifest.json").unlink()
-    with pytest.raises(fineweb.InputError, match="unknown origin"):
+    with pytest.raises(fineweb.UserError, match="unknown origin"):
         fineweb.build(str(parquet), tmp_path / "out", 1000, 1)
 
 
@@ -224,7 +224,7 @@ def test_a_damaged_manifest_is_named_with_the_remedy(kind, built, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert all(part in result.stdout for part in ("manifest.json is unfinished or damaged", word, "delete it"))
     for split in ("train", "val"):
-        with pytest.raises(fineweb.InputError, match="manifest.json is unfinished or damaged"):
+        with pytest.raises(fineweb.UserError, match="manifest.json is unfinished or damaged"):
             find_shards(out, split)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
@@ -233,7 +233,7 @@ def test_an_unfinished_folder_is_said_to_be_to_the_trainer(built, tmp_path):
     shutil.copytree(built / "out", tmp_path / "out")
     path = tmp_path / "out" / "manifest.json"
     path.write_text(change(complete=False, progress=dict(file=0, row=0, skip=0))(path.read_text()))
-    with pytest.raises(fineweb.InputError, match="is unfinished: start fineweb.py again"):
+    with pytest.raises(fineweb.UserError, match="is unfinished: start fineweb.py again"):
         find_shards(tmp_path / "out", "train")
 
 

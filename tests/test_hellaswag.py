@@ -9,7 +9,7 @@ import torch
 from support import make_items, run, write_shards
 
 import hellaswag
-from lib.common import InputError
+from lib.common import UserError
 from train_gpt2 import GPT, GPTConfig, load_model
 
 
@@ -95,9 +95,9 @@ def test_a_broken_line_is_named(tmp_path):
     good = json.dumps(make_items(1)[0])
     for bad in ("{", '{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', '{"ctx": "a"}', "\xff", "[]"):
         path.write_bytes(f"{good}\n{good}\n{bad}\n".encode("latin-1"))
-        with pytest.raises(InputError, match="line 3"):
+        with pytest.raises(UserError, match="line 3"):
             list(hellaswag.iterate_examples(path=path))
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         list(hellaswag.iterate_examples(path=tmp_path / "none.jsonl"))
 
 
@@ -178,7 +178,7 @@ def test_a_download_that_fails_is_said_and_leaves_nothing(served, tmp_path, caps
     }
     for answer, words in answers.items():
         served(answer)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(UserError, match=words):
             list(hellaswag.iterate_examples())
         assert hellaswag.load(0, 0, 1, torch.device("cpu"), 1024) is None
         out = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_a_download_is_kept_and_a_file_cut_short_is_refused(served, tmp_path, mo
     for broken in (content[: content.index(b"\n") + 1], b""):
         path.write_bytes(broken)
         with pytest.raises(
-            InputError, match="hellaswag_val.jsonl is not the published file.* delete it to fetch it again"
+            UserError, match="hellaswag_val.jsonl is not the published file.* delete it to fetch it again"
         ):
             list(hellaswag.iterate_examples())
 
@@ -206,7 +206,7 @@ def test_a_folder_that_takes_no_file_is_said(served, tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "SHA256", {})
     served(good_answer(content))
     (tmp_path / "hellaswag").write_text("a file where the folder should be")
-    with pytest.raises(InputError, match="cannot fetch"):
+    with pytest.raises(UserError, match="cannot fetch"):
         hellaswag.fetch("val")
     (tmp_path / "hellaswag").unlink()
 
@@ -214,7 +214,7 @@ def test_a_folder_that_takes_no_file_is_said(served, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hellaswag, "atomic_write", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         hellaswag.fetch("val")
 
 

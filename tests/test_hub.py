@@ -17,7 +17,7 @@ import pytest
 from fake_hub import COMMIT, DATASET, serving
 from support import ROOT, run
 
-from lib.common import InputError
+from lib.common import UserError
 from lib.hub import choose_files, with_retries
 from lib.shards import find_shards, read_manifest
 
@@ -327,7 +327,7 @@ def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_th
     shard = tmp_path / "out" / "texts_train_000001.npy"
     assert shard in find_shards(tmp_path / "out", "train")
     shard.rename(tmp_path / "out" / "foreign_train_000001.npy")
-    with pytest.raises(InputError, match="foreign_train_000001.npy"):
+    with pytest.raises(UserError, match="foreign_train_000001.npy"):
         find_shards(tmp_path / "out", "train")
 
 

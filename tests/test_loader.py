@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import write_shards
 
-from lib.common import InputError
+from lib.common import UserError
 from lib.shuffle import shuffle
 from train_gpt2 import DataLoaderLite
 
@@ -111,7 +111,7 @@ def test_damaged_shards_are_refused_by_name(tmp_path, damage, message):
     write_shards(tmp_path, [100, 700])
     path = tmp_path / "tiny_train_000001.npy"
     damage(path)
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         loader = DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path, vocab_size=512)
         for _ in range(loader.num_sequences):
             loader.next_batch()
@@ -122,10 +122,10 @@ def test_damaged_shards_are_refused_by_name(tmp_path, damage, message):
 def test_damaged_bin_shards_are_refused(tmp_path, kwargs):
     path = tmp_path / "fineweb_train_000001.bin"
     write_bin(path, np.zeros(700), **kwargs)
-    with pytest.raises(InputError, match=str(path)):
+    with pytest.raises(UserError, match=str(path)):
         DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path)
     path.write_bytes(b"short")
-    with pytest.raises(InputError, match=str(path)):
+    with pytest.raises(UserError, match=str(path)):
         DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path)
 
 

@@ -7,7 +7,7 @@ import torch
 from support import PROBES, flags_of, losses, run, write_shards
 
 from lib import memory
-from lib.common import InputError
+from lib.common import UserError
 from lib.memory import fit_in_memory
 from train_gpt2 import GPT, GPTConfig, main
 
@@ -48,7 +48,7 @@ def test_activation_checkpointing_comes_by_itself_where_nothing_else_fits(tiny, 
 
 def test_a_model_for_which_nothing_fits_is_refused(tiny, monkeypatch):
     fail_where(monkeypatch, lambda model, B: True)
-    with pytest.raises(InputError, match="not even a micro-batch of 1 fits in memory"):
+    with pytest.raises(UserError, match="not even a micro-batch of 1 fits in memory"):
         main(tiny())
 
 
@@ -71,7 +71,7 @@ def test_the_largest_power_of_two_that_divides_the_rows(recompute, limit, found)
 
 
 def test_other_errors_and_hopeless_cases_are_raised():
-    for message, error in (("a shape is wrong", RuntimeError), ("CUDA out of memory", InputError)):
+    for message, error in (("a shape is wrong", RuntimeError), ("CUDA out of memory", UserError)):
         with pytest.raises(error):
             fit_in_memory(Mock(side_effect=RuntimeError(message)), 4, 4, None, torch.device("cpu"))
 

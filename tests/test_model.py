@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import ROOT, losses, run
 
-from lib.common import InputError
+from lib.common import UserError
 from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, TrainConfig, generate, get_lr
 
 SMALL = GPTConfig(block_size=64, vocab_size=1000, n_layer=3, n_head=4, n_embd=64)
@@ -241,5 +241,5 @@ def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):
 
 
 def test_unknown_pretrained_name_is_refused():
-    with pytest.raises(InputError, match="gpt2-medium"):
+    with pytest.raises(UserError, match="gpt2-medium"):
         GPT.from_pretrained("gpt3")

@@ -9,7 +9,7 @@ import torch
 from support import ROOT, write_shards
 
 from lib import reference
-from lib.common import InputError
+from lib.common import UserError
 from lib.log import read_log
 from tools import plot
 from train_gpt2 import GPTConfig, main
@@ -93,7 +93,7 @@ def test_where_steps_go_back_the_later_records_count(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["", "5 train 3.", "nothing\n"])
 def test_a_log_without_records_is_refused(tmp_path, text):
-    with pytest.raises(InputError, match="has no records"):
+    with pytest.raises(UserError, match="has no records"):
         read_log(write_log(tmp_path, text))
 
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
         (str(log), "--tokens_per_step=8", "--out", str(tmp_path / "no" / "a.png")): "cannot write",
         (str(log), "--tokens_per_step=8", "--out", str(tmp_path / "a.doc")): "cannot write .*supported",
     }.items():
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             plot.main([*argv])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
 
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(InputError, match="pip install matplotlib"):
+    with pytest.raises(UserError, match="pip install matplotlib"):
         plot.main([str(log), "--tokens_per_step=8", "--size=other", "--dataset=other"])
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_program_is_no_obstacle(tmp_path):
     log = write_log(tmp_path, "0 val 9.0\n")
     torch.save({"config": GPTConfig()}, tmp_path / "model_00005.pt")  # as the tutorial does
     (tmp_path / "model_00006.pt").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="give --tokens_per_step"):
+    with pytest.raises(UserError, match="give --tokens_per_step"):
         plot.main([str(log)])
     plot.main([str(log), "--tokens_per_step=8", "--out", str(tmp_path / "a.png")])
 

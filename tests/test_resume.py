@@ -14,7 +14,7 @@ from support import PROBES, command_of, environment, flags_of, losses, read_log,
 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
-from lib.common import InputError
+from lib.common import UserError
 from lib.signals import short_shutdown
 from train_gpt2 import main
 
@@ -142,7 +142,7 @@ def test_damaged_checkpoints_are_named_and_the_run_falls_back(kind, tiny, tmp_pa
     assert read_log(tmp_path / "log") == whole
     for path in (tmp_path / "log").glob("*.pt"):
         damage(path)
-    with pytest.raises(InputError, match="none of the 3 checkpoints"):
+    with pytest.raises(UserError, match="none of the 3 checkpoints"):
         main(tiny(checkpoint_every=5, init_from="resume"))
     assert read_log(tmp_path / "log") == whole
 
@@ -155,7 +155,7 @@ def test_a_malicious_pickle_executes_nothing(tmp_path):
     assert save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)  # with the right sha256
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
     for name in ("model_00001.pt", "plain.pt"):
-        with pytest.raises(InputError):
+        with pytest.raises(UserError):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
@@ -165,11 +165,11 @@ def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
     before = read_log(tmp_path / "log")
     for change in ({"n_layer": 1}, {"total_batch_size": 1024}, {"sequence_length": 64}, {"seed": 2}):
         (name,) = change
-        with pytest.raises(InputError, match=f"cannot resume: {name} was"):
+        with pytest.raises(UserError, match=f"cannot resume: {name} was"):
             main(tiny(init_from="resume", **change))
     write_shards(tmp_path / "other", [1500, 5000, 3001, 7004])
     with pytest.raises(
-        InputError, match="tiny_train_000003.npy is not the shard that the run began with .*7003, None.* now .7004"
+        UserError, match="tiny_train_000003.npy is not the shard that the run began with .*7003, None.* now .7004"
     ):
         main(tiny(init_from="resume", data_dir=str(tmp_path / "other")))
     assert read_log(tmp_path / "log") == before
@@ -281,12 +281,12 @@ def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
 def test_one_writer_a_log_dir(tiny, tmp_path):
     process = start(tiny(**LONG))
     read_until(process, r"step +5/")
-    with pytest.raises(InputError, match=f"is being written by process {process.pid} on"):
+    with pytest.raises(UserError, match=f"is being written by process {process.pid} on"):
         main(tiny(init_from="resume", **LONG))
     process.send_signal(signal.SIGTERM)
     finish(process)
     steps = len(losses(tmp_path / "log", "train"))
-    with pytest.raises(InputError, match=f"the run is at step {steps}, beyond max_steps 1"):  # free again
+    with pytest.raises(UserError, match=f"the run is at step {steps}, beyond max_steps 1"):  # free again
         main(tiny(init_from="resume", **{**LONG, "max_steps": 1}))
 
 
@@ -334,7 +334,7 @@ def test_scattered_non_finite_steps_do_not_stop_the_run(tiny, tmp_path, monkeypa
 def test_many_non_finite_steps_in_a_row_stop_and_a_resume_begins_before_them(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         poison(patch, set(range(12, 99)))
-        with pytest.raises(InputError, match=r"not finite in 5 steps in a row up to step 16.*from .*model_00010.pt"):
+        with pytest.raises(UserError, match=r"not finite in 5 steps in a row up to step 16.*from .*model_00010.pt"):
             main(tiny(checkpoint_every=2))
     main(tiny(checkpoint_every=2, init_from="resume", max_lr=1e-3))
     assert "resuming at step 10, max_lr 0.01 -> 0.001" in capsys.readouterr().out
@@ -346,7 +346,7 @@ def test_weights_that_an_update_blew_up_are_not_resumed_from(every, tiny, tmp_pa
     """A learning rate that ruins the weights in one step: they are finite, their loss is not."""
     main(tiny(max_steps=4, checkpoint_every=1))
     flags = dict(checkpoint_every=every, init_from="resume", warmup_steps=0, keep_checkpoints=2)
-    with pytest.raises(InputError, match="from .*model_00004.pt"):
+    with pytest.raises(UserError, match="from .*model_00004.pt"):
         main(tiny(**flags, max_lr=1e29))
     assert (tmp_path / "log" / "model_00005.pt.not_finite").exists() == (every == 1)
     main(tiny(**flags))
@@ -362,7 +362,7 @@ def test_gradients_that_no_scale_makes_finite_stop_a_float16_run(tiny, monkeypat
         return logits, loss + zero if self.training else loss
 
     monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
-    with pytest.raises(InputError, match="not finite in 5 steps in a row"):
+    with pytest.raises(UserError, match="not finite in 5 steps in a row"):
         main(tiny(dtype="float16", max_steps=30))
 
 

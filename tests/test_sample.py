@@ -13,7 +13,7 @@ import torch
 from support import ROOT, environment
 
 from lib.checkpoint import write_checkpoint
-from lib.common import EOT, InputError, get_tokenizer
+from lib.common import EOT, UserError, get_tokenizer
 from tools import sample
 from train_gpt2 import GPT, GPTConfig, generate, sample_token, stream
 
@@ -169,14 +169,14 @@ REFUSALS = {
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_refusals_name_the_remedy(message, checkpoint):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         sample.run(Namespace(**{**vars(arguments(checkpoint)), **REFUSALS[message]}))
 
 
 def test_a_model_without_the_whole_vocabulary_is_refused(tmp_path, checkpoint):
     contents = {**torch.load(checkpoint), "model": random_model().state_dict(), "config": asdict(random_model().config)}
     write_checkpoint(tmp_path / "model_00003.pt", contents)
-    with pytest.raises(InputError, match="knows 1000 ids"):
+    with pytest.raises(UserError, match="knows 1000 ids"):
         sample.run(arguments(str(tmp_path / "model_00003.pt")))
 
 

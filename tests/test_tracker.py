@@ -10,7 +10,7 @@ import pytest
 from support import ROOT, losses
 
 from lib import knobs, tracker
-from lib.common import InputError
+from lib.common import UserError
 from train_gpt2 import main
 
 WANDB = """
@@ -96,9 +96,9 @@ def test_the_real_wandb_takes_the_numbers_offline(tiny, tmp_path, monkeypatch):
 
 def test_a_package_that_is_not_installed_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(knobs, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install wandb"):
+    with pytest.raises(UserError, match="pip install wandb"):
         main(tiny(tracker="wandb"))
-    with pytest.raises(InputError, match="one of empty tensorboard wandb"):
+    with pytest.raises(UserError, match="one of empty tensorboard wandb"):
         main(tiny(tracker="mlflow"))
     assert not (tmp_path / "log").exists()
 

@@ -7,7 +7,7 @@ import torch
 from support import PROBES, ROOT, TINY, flags_of, load, losses, make_items, read_log, run, write_shards
 
 import train_gpt2
-from lib.common import InputError
+from lib.common import UserError
 from train_gpt2 import TrainConfig, main, parse_args
 
 
@@ -134,7 +134,7 @@ def test_refusals_name_the_remedy_and_write_nothing(message, tiny, tmp_path):
     if message.startswith("device is") and (torch.cuda.is_available() or torch.backends.mps.is_available()):
         pytest.skip("this machine has a GPU")
     config = parse_args([*flags_of(tiny()), *REFUSALS[message]])
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         main(config)
     assert message in str(error.value)
     assert {path.name for path in tmp_path.glob("log/*")} <= {"lock"}
@@ -155,14 +155,14 @@ def test_the_front_door_exits_with_2_and_no_traceback(tiny, tmp_path):
 def test_a_log_dir_that_holds_a_run_is_refused(tiny, tmp_path):
     main(tiny(max_steps=1))
     before = read_log(tmp_path / "log")
-    with pytest.raises(InputError, match="--init_from resume"):
+    with pytest.raises(UserError, match="--init_from resume"):
         main(tiny(max_steps=1))
     assert read_log(tmp_path / "log") == before
 
 
 def test_unfinished_shards_are_refused(tiny, tmp_path):
     (tmp_path / "data" / "manifest.json").write_text('{"complete": false}')
-    with pytest.raises(InputError, match="unfinished"):
+    with pytest.raises(UserError, match="unfinished"):
         main(tiny())
 
 

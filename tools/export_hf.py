@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from lib.checkpoint import load_checkpoint
-from lib.common import EOT, InputError, run_as_command
+from lib.common import EOT, UserError, run_as_command
 from lib.hugging_face import to_theirs, vocabulary
 from lib.restore import rebuild
 from lib.shards import read_manifest
@@ -98,14 +98,14 @@ def export(path, folder):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
-        raise InputError("the export takes pip install safetensors") from None
+        raise UserError("the export takes pip install safetensors") from None
     path, folder = Path(path), Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already and is not empty: name a new folder, or delete it")
+        raise UserError(f"{folder} exists already and is not empty: name a new folder, or delete it")
     checkpoint = load_checkpoint(path, mmap=True)
     model = rebuild(checkpoint, GPT, GPTConfig)
     if model.config.vocab_size <= EOT:
-        raise InputError(f"{path} knows {model.config.vocab_size} ids, fewer than the 50257 of GPT-2's tokenizer")
+        raise UserError(f"{path} knows {model.config.vocab_size} ids, fewer than the 50257 of GPT-2's tokenizer")
     config, weights = to_theirs(checkpoint["config"], model.state_dict())
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # the folder is there whole or not at all
     try:
@@ -119,7 +119,7 @@ def export(path, folder):
         (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
         os.replace(unfinished, folder)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
+        raise UserError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lib.common import InputError, atomic_write, run_as_command, say
+from lib.common import UserError, atomic_write, run_as_command, say
 from lib.log import read_log
 from lib.reference import DATASETS, OTHER, SIZES, dataset_of, published, size_of
 
@@ -48,7 +48,7 @@ def read_run(name, tokens_per_step, size, dataset):
     found = (read_checkpoint(path.parent) if None in given else None) or (None, OTHER, OTHER)
     run.tokens_per_step, run.size, run.dataset = (f if g is None else g for g, f in zip(given, found, strict=True))
     if run.tokens_per_step is None:
-        raise InputError(
+        raise UserError(
             f"{path} has no checkpoint of train_gpt2.py beside it that says how many tokens a step has: give "
             "--tokens_per_step, the total_batch_size of the run (524288 by default)"
         )
@@ -91,7 +91,7 @@ def draw(runs, peers, out):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("the picture takes matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError("the picture takes matplotlib, which is not installed: pip install matplotlib") from None
     curves = [curve for i, run in enumerate(runs) for curve in curves_of_run(run, f"C{i % 10}")]
     # as far as the runs have come; without one, to the end of the published ones
     of_peers = [tokens for peer in peers for tokens, _ in peer.val if tokens]
@@ -118,7 +118,7 @@ def draw(runs, peers, out):
         with atomic_write(out) as file:
             figure.savefig(file, format=Path(out).suffix[1:] or "png")
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {out}: {error}") from None
+        raise UserError(f"cannot write {out}: {error}") from None
 
 
 def main(argv=None):
@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument("--dataset", choices=[*DATASETS, OTHER], help="of every LOG; likewise")
     args = parser.parse_args(argv)
     if not args.logs and args.size in (None, OTHER):
-        raise InputError("nothing to draw: give the log_dir of a run, or --size 124M --dataset fineweb-edu")
+        raise UserError("nothing to draw: give the log_dir of a run, or --size 124M --dataset fineweb-edu")
     runs = [read_run(log, args.tokens_per_step, args.size, args.dataset) for log in args.logs]
     for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
         run.name = str(run.path)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib.common import EOT, InputError, get_tokenizer, run_as_command
+from lib.common import EOT, UserError, get_tokenizer, run_as_command
 from train_gpt2 import load_model, stream
 
 RANGES = {  # from, to
@@ -38,9 +38,9 @@ def read_prompt(prompt):
             data = prompt.encode()
         return data.decode()
     except OSError as error:
-        raise InputError(f"cannot read the prompt: {error}. Name another file, or give the text itself") from None
+        raise UserError(f"cannot read the prompt: {error}. Name another file, or give the text itself") from None
     except UnicodeError as error:
-        raise InputError(f"the prompt is no UTF-8 text ({error}): convert it, or give another") from None
+        raise UserError(f"the prompt is no UTF-8 text ({error}): convert it, or give another") from None
 
 
 def ask():
@@ -64,10 +64,10 @@ def load(name, device):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        raise InputError(f"cannot use the device {device!r} ({str(error):.80}): try -d cpu") from None
+        raise UserError(f"cannot use the device {device!r} ({str(error):.80}): try -d cpu") from None
     model = load_model(name).eval()
     if model.config.vocab_size <= EOT:
-        raise InputError(f"{name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it cannot write text")
+        raise UserError(f"{name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it cannot write text")
     if device == "cpu":  # a single token reads every matrix once, which on CPUs is faster column by column
         for parameter in model.parameters():
             parameter.data = parameter.data.t().contiguous().t()
@@ -77,7 +77,7 @@ def load(name, device):
 def run(args):
     for name, (least, most) in RANGES.items():
         if not least <= getattr(args, name) <= most:  # so that NaN is refused, too
-            raise InputError(f"{name} is {getattr(args, name)}: it must be from {least} to {most}")
+            raise UserError(f"{name} is {getattr(args, name)}: it must be from {least} to {most}")
     prompts = ask() if args.prompt is None and sys.stdin.isatty() else [read_prompt(args.prompt)]
     torch.set_float32_matmul_precision("high")
     model = load(args.model, args.device)

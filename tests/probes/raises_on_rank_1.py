@@ -3,14 +3,14 @@
 import os
 
 import train_gpt2
-from lib.common import InputError
+from lib.common import UserError
 
 original = train_gpt2.get_lr
 
 
 def get_lr(step, config):
     if os.environ["RANK"] == "1" and step == 3:
-        raise InputError("rank 1 says why")
+        raise UserError("rank 1 says why")
     return original(step, config)
 
 
