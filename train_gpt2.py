@@ -8,7 +8,7 @@ Train GPT-2 from scratch: one file, read top to bottom.
 Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
 The data come from fineweb.py, the HellaSwag score from hellaswag.py; what is not about GPT-2 is in lib/.
 
-Measured: the demo's validation loss falls from 10.74 to 5.35 in 75 s on 2 CPU cores (torch 2.13.0, one run).
+Measured: the demo's validation loss falls from 10.78 to 4.63 in 103 s on 2 CPU cores (torch 2.13.0, one run).
 One step of GPT-2 124M takes 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
 """
 
@@ -70,6 +70,7 @@ class TrainConfig:
     sample_every: int = 250  # steps; 0: none
     plot_every: int = 250  # steps from one log_dir/curve.png to the next, where matplotlib is installed; 0: none
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
+    sample_temperature: float = 1.0  # below 1 favors the likelier tokens; 0: always the likeliest
     checkpoint_every: int = 1000  # steps; 0: none
     keep_checkpoints: int = 3  # so many of the newest stay on disk
     tracker: str = ""  # tensorboard | wandb, with what the console says; "": neither
@@ -97,7 +98,7 @@ PRESETS = {
         data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=64, max_lr=6e-3,
         sequence_length=128, total_batch_size=1024, micro_batch_size=8, max_steps=440, warmup_steps=20, log_every=20,
         val_every=110, val_tokens=16384, hellaswag_every=0, sample_every=440, sample_prompt="Return the",
-        plot_every=220, checkpoint_every=220),
+        sample_temperature=0.8, plot_every=220, checkpoint_every=220),
 }  # fmt: skip
 
 
@@ -296,7 +297,7 @@ class DataLoaderLite:
 
     The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
     of the train split visits every sequence once, shuffled by (seed, epoch); the val split goes in order. A batch is
-    the next num_processes * B of them, B on each rank, so that the order is one whatever those two are.
+    the next num_processes * B of them, B on each rank: neither number changes the order.
     """
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0):
@@ -404,11 +405,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, g
     return idx
 
 
-def sample(model, prompt, device, seed, count=3, length=32):
+def sample(model, prompt, device, seed, temperature=1.0, count=3, length=32):
     """Return `count` texts that continue the prompt by `length` tokens; the same seed gives the same texts."""
     idx = torch.tensor([get_tokenizer().encode_ordinary(prompt)] * count, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    return [get_tokenizer().decode(row) for row in generate(model, idx, length, generator=generator).tolist()]
+    rows = generate(model, idx, length, temperature, generator=generator).tolist()
+    return [get_tokenizer().decode(row) for row in rows]
 
 
 # -----------------------------------------------------------------------------
@@ -419,7 +421,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     """One optimizer step on the loader's next micro-batches. Returns (loss, norm, finite).
 
     loss: the mean over the whole batch and all ranks in nats per token, before the update; norm: the global L2 norm of
-    the gradient before clipping; finite: whether both were, so that the update was made.
+    the gradient before clipping; finite: False where a NaN or infinity in them made the update be skipped.
     """
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
@@ -436,13 +438,13 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # a NaN would stay in AdamW's moments for good; float16's gradients overflow now and then by design, and its scaler
-    # skips those updates itself. All ranks see the same sums, so all decide the same
+    # a NaN would stay in AdamW's moments for good. float16's gradients overflow now and then by design: its scaler then
+    # skips the update and lowers its scale, which for other types is 1. All ranks see the same sums and decide alike
     finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
     if finite or scaler.is_enabled():
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # the weights change here: optimizer.step(), if the gradients did not overflow
         scaler.update()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's lie in its buckets
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP keeps its own
     return loss, norm, finite
 
 
@@ -460,7 +462,7 @@ def train(config, run):
     machine.wait_for_all()
     data = dataset.check(config.data_dir, T, sequences)
     hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
-    checkpoint = run.open_folder()
+    checkpoint = run.open_folder()  # the newest, where this run resumes; else None
 
     # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model`
     # for the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
@@ -469,7 +471,7 @@ def train(config, run):
     model = initial_model(config, checkpoint).to(device)
     compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
     ddp, megabytes = compiled, 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
-    if run.world_size > 1:  # about 20 buckets to sum while the backward runs; torch.compile cuts the model at each
+    if run.world_size > 1:  # some 20 buckets, summed while the backward runs; torch.compile makes a graph for each
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
     # optimizer, and the precision of the matrix products
@@ -479,7 +481,7 @@ def train(config, run):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
     run.say(plan.headline(config, model, run, dtype, compiled is not model))
 
-    # where the run begins, or goes on
+    # where the run begins: at step 0, or with the weights, moments and step of the checkpoint
     settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
     run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
     del checkpoint
@@ -489,7 +491,7 @@ def train(config, run):
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
     B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
     grad_accum_steps = share // B
-    run.say(f"a step of {config.total_batch_size:,} tokens: {grad_accum_steps} micro-batches of {B} x {T} a rank{note}")
+    run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     train_loader = DataLoaderLite(B, T, *ranks, "train", config.data_dir, config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
     val_loader = DataLoaderLite(B, T, *ranks, "val", config.data_dir, config.vocab_size)
@@ -512,7 +514,7 @@ def train(config, run):
         # once in a while: read what it writes
         if run.rank == 0 and run.due(config.sample_every):
             with run.clock.timing("samples"), autocast():
-                texts = sample(model, config.sample_prompt, device, config.seed)
+                texts = sample(model, config.sample_prompt, device, config.seed, config.sample_temperature)
             run.say("\n".join(f"step {step:5d} | sample {text!r}" for text in texts))
 
         # once in a while: the curves so far, as a picture

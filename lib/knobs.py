@@ -21,6 +21,7 @@ RANGES = {
     "checkpoint_every": (0, 2**63),
     **dict.fromkeys(("max_lr", "weight_decay", "grad_clip"), (0, 1e30)),
     "min_lr_ratio": (0, 1),
+    "sample_temperature": (0, 100),
     "plan_speed": (0, 2**63),
     "keep_checkpoints": (2, 2**31),
     "seed": (0, 2**32 - 1),

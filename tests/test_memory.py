@@ -40,7 +40,7 @@ def test_activation_checkpointing_comes_by_itself_where_nothing_else_fits(tiny, 
     main(tiny(log_dir=str(tmp_path / "free"), max_steps=6))
     fail_where(monkeypatch, lambda model, B: not model.activation_checkpointing or B > 1)
     main(tiny(log_dir=str(tmp_path / "limited"), max_steps=6))
-    said = "16 micro-batches of 1 x 32 a rank, since 2 do not fit in memory, with activation checkpointing"
+    said = "micro-batches of 1 x 32, 16 a rank, since 2 do not fit in memory, with activation checkpointing"
     assert said in capsys.readouterr().out
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
     assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 6
