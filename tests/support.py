@@ -1,11 +1,14 @@
 """What the tests share: a tiny run, its shards, and the scripts run as a user runs them."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,6 +76,29 @@ def run(script, *args, ranks=0, cwd=None, env=None, timeout=150):
         command_of(script, *args, ranks=ranks), cwd=cwd or ROOT, env=environment(**(env or {})),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def run_script(script, args, env, output):
+    """In a process that was forked from one in which torch is loaded already: what `python script args` does."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(env)
+    sys.argv = [script, *args]
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_warm(script, *args, env=None, timeout=150):
+    """As `run`, four times as fast: for promises that are not about how a program starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_gpt2"])
+    with tempfile.NamedTemporaryFile() as output:
+        work = (str(ROOT / script), [str(arg) for arg in args], env or {}, output.name)
+        process = context.Process(target=run_script, args=work)
+        process.start()
+        process.join(timeout)
+        assert process.exitcode is not None, "it did not end in time: " + Path(output.name).read_text()
+        return subprocess.CompletedProcess(work, process.exitcode, Path(output.name).read_text(errors="replace"))
 
 
 def flags_of(config, **overrides):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from support import make_items, run, write_shards
+from support import make_items, run_warm, write_shards
 
 import hellaswag
 from lib.common import UserError
@@ -223,7 +223,7 @@ def checkpoint(tmp_path_factory):
     """The path of a checkpoint of a tiny model, as the trainer writes it."""
     folder = tmp_path_factory.mktemp("run")
     write_shards(folder / "data", [1000, 5000])
-    result = run(
+    result = run_warm(
         "train_gpt2.py", "--data_dir", folder / "data", "--log_dir", folder / "log", "--n_layer=1", "--n_head=1",
         "--n_embd=16", "--sequence_length=256", "--total_batch_size=512", "--micro_batch_size=2", "--max_steps=1",
         "--hellaswag_every=0", "--sample_every=0", "--device=cpu",
@@ -236,7 +236,7 @@ def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path):
     items = make_items(12)
     (tmp_path / "items.jsonl").write_bytes(items_as_bytes(12))
     args = ("-m", checkpoint, "-d", "cpu", "--data", tmp_path / "items.jsonl")
-    result = run("hellaswag.py", *args, "--json", tmp_path / "scores.json")
+    result = run_warm("hellaswag.py", *args, "--json", tmp_path / "scores.json")
     assert result.returncode == 0, result.stdout
     *_, before, last = result.stdout.splitlines()
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -251,7 +251,7 @@ def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path):
     with torch.no_grad():
         expected = [[loss.argmin().item() for loss in tutorial_scores(model, item)] for item in items]
     assert [list(pair) for pair in zip(scores["choices"], scores["choices_norm"], strict=True)] == expected
-    assert run("hellaswag.py", *args, "--limit", "5").stdout.splitlines()[-1].startswith("5 acc: ")
+    assert run_warm("hellaswag.py", *args, "--limit", "5").stdout.splitlines()[-1].startswith("5 acc: ")
 
 
 def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path):
@@ -270,5 +270,5 @@ def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp
         ({"--json": tmp_path / "none" / "scores.json"}, "cannot write"),
     ):
         flags = [part for flag in {**good, **change}.items() for part in flag]
-        result = run("hellaswag.py", *flags)
+        result = run_warm("hellaswag.py", *flags)
         assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout

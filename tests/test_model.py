@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support import ROOT, losses, run
+from support import ROOT, losses, run, run_warm
 
 from lib.common import UserError
 from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, TrainConfig, generate, get_lr
@@ -229,14 +229,14 @@ def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):
         "--warmup_steps=2", "--val_every=10", "--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=10",
         "--device=cpu", f"--data_dir={tmp_path / 'poems'}", f"--log_dir={tmp_path / 'tuned'}",
     )  # fmt: skip
-    first = run("train_gpt2.py", *flags, "--max_steps=10", env=env)
+    first = run_warm("train_gpt2.py", *flags, "--max_steps=10", env=env)
     assert first.returncode == 0, first.stdout
     with torch.no_grad():
         tokens = np.load(next((tmp_path / "poems").glob("*_val_*.npy")))[:64].astype(np.int64)
         begin = theirs(input_ids=torch.tensor(tokens[None]), labels=torch.tensor(tokens[None])).loss.item()
     val = losses(tmp_path / "tuned", "val")
     assert val[0] == pytest.approx(begin, abs=0.05) and val[10] < val[0] - 1  # from their weights, and better
-    resumed = run("train_gpt2.py", *flags, "--init_from=resume", "--max_steps=12", env=env)
+    resumed = run_warm("train_gpt2.py", *flags, "--init_from=resume", "--max_steps=12", env=env)
     assert resumed.returncode == 0 and "resuming at step 10" in resumed.stdout, resumed.stdout
 
 
