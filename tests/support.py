@@ -6,6 +6,7 @@ import os
 import random
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
+
+import train_gpt2
+from lib.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBES = ROOT / "tests" / "probes"
@@ -117,3 +122,73 @@ def losses(log_dir, kind):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def at_step(monkeypatch, steps, action):
+    """Call action() inside these optimizer steps of a run in this process."""
+    original = train_gpt2.get_lr
+
+    def get_lr(step, config):
+        if step in steps:
+            action()
+        return original(step, config)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+
+
+def crash():
+    raise MemoryError("a crash, for the test")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same(a, b, path=""):
+    """Bit for bit the same plain data."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def assert_same_run(a, b, step):
+    assert read_log(a) == read_log(b)
+    a, b = (load_checkpoint(folder / f"model_{step:05d}.pt") for folder in (a, b))
+    for name in ("model", "optimizer", "scaler", "step", "val_loss", "random_states", "config", "data"):
+        assert_same(a[name], b[name], name)
+
+
+def start(config, ranks=0, restarts=0, script="train_gpt2.py"):
+    """A run in the background, its output in a pipe."""
+    command = command_of(script, *flags_of(config), ranks=ranks, restarts=restarts)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process, pattern):
+    """Read the output up to a line that matches; returns all of it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError("the run ended before that: " + "".join(lines))
+
+
+def ranks_of(process):
+    """The process ids of torchrun's workers."""
+    return [child.pid for child in psutil.Process(process.pid).children()]
+
+
+def finish(process, timeout=60):
+    output, _ = process.communicate(timeout=timeout)
+    return output

@@ -21,8 +21,24 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import PROBES, TINY, command_of, environment, flags_of, read_log, run, write_items, write_shards
-from test_resume import assert_same, assert_same_run, at_step, crash, ranks_of, read_until, start
+from support import (
+    PROBES,
+    TINY,
+    assert_same,
+    assert_same_run,
+    at_step,
+    command_of,
+    crash,
+    environment,
+    flags_of,
+    ranks_of,
+    read_log,
+    read_until,
+    run,
+    start,
+    write_items,
+    write_shards,
+)
 
 import hellaswag
 import train_gpt2

@@ -7,10 +7,25 @@ import signal
 import subprocess
 import time
 
-import psutil
 import pytest
 import torch
-from support import PROBES, command_of, environment, flags_of, losses, read_log, run, write_shards
+from support import (
+    PROBES,
+    assert_same,
+    assert_same_run,
+    at_step,
+    crash,
+    finish,
+    flags_of,
+    losses,
+    ranks_of,
+    read_log,
+    read_until,
+    run,
+    start,
+    terminate,
+    write_shards,
+)
 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
@@ -19,50 +34,6 @@ from lib.signals import short_shutdown
 from train_gpt2 import main
 
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
-
-
-def at_step(monkeypatch, steps, action):
-    """Call action() inside these optimizer steps of a run in this process."""
-    original = train_gpt2.get_lr
-
-    def get_lr(step, config):
-        if step in steps:
-            action()
-        return original(step, config)
-
-    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
-
-
-def crash():
-    raise MemoryError("a crash, for the test")
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def assert_same(a, b, path=""):
-    """Bit for bit the same plain data."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{i}")
-    else:
-        assert a == b, path
-
-
-def assert_same_run(a, b, step):
-    assert read_log(a) == read_log(b)
-    a, b = (load_checkpoint(folder / f"model_{step:05d}.pt") for folder in (a, b))
-    for name in ("model", "optimizer", "scaler", "step", "val_loss", "random_states", "config", "data"):
-        assert_same(a[name], b[name], name)
 
 
 @pytest.mark.parametrize("stop", [crash, terminate])
@@ -176,32 +147,6 @@ def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
     capsys.readouterr()
     main(tiny(init_from="resume", max_steps=25, max_lr=1e-3))
     assert "resuming at step 20, max_steps 20 -> 25, max_lr 0.01 -> 0.001" in capsys.readouterr().out
-
-
-def start(config, ranks=0, restarts=0, script="train_gpt2.py"):
-    """A run in the background, its output in a pipe."""
-    command = command_of(script, *flags_of(config), ranks=ranks, restarts=restarts)
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def read_until(process, pattern):
-    """Read the output up to a line that matches; returns all of it."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if re.search(pattern, line):
-            return "".join(lines)
-    raise AssertionError("the run ended before that: " + "".join(lines))
-
-
-def ranks_of(process):
-    """The process ids of torchrun's workers."""
-    return [child.pid for child in psutil.Process(process.pid).children()]
-
-
-def finish(process, timeout=60):
-    output, _ = process.communicate(timeout=timeout)
-    return output
 
 
 @pytest.mark.parametrize("to", ["torchrun", "one rank", "all ranks and torchrun"])
