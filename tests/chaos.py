@@ -27,12 +27,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from support import ROOT, TINY, command_of, environment, flags_of, read_log, write_shards
+from support import TINY, command_of, environment, flags_of, read_log, write_shards
 
-sys.path.append(str(ROOT))
-from lib.checkpoint import list_checkpoints, load_checkpoint, newest_whole_checkpoint, step_of  # noqa: E402
-from lib.common import UserError  # noqa: E402
-from train_gpt2 import TrainConfig, main  # noqa: E402
+from lib.checkpoint import list_checkpoints, load_checkpoint, newest_whole_checkpoint, step_of
+from lib.common import UserError
+from train_gpt2 import TrainConfig, main
 
 SETTINGS = {**TINY, "n_layer": 1, "total_batch_size": 128, "val_every": 20, "max_lr": 1e-3, "min_lr_ratio": 1.0}
 FOREIGN = ("model_{}.pt", "model_{:05d}_best.pt", "model_best_{}.pt", "notes_{}.txt.7.tmp", "{}.tmp")

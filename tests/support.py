@@ -17,10 +17,12 @@ import numpy as np
 import psutil
 import torch
 
-import train_gpt2
-from lib.checkpoint import load_checkpoint
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the programs among the tests, which pytest does not start
+
+import train_gpt2  # noqa: E402
+from lib.checkpoint import load_checkpoint  # noqa: E402
+
 PROBES = ROOT / "tests" / "probes"
 
 TINY = dict(
