@@ -6,7 +6,7 @@ Train GPT-2 from scratch: one file, read top to bottom.
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # the same on eight
 
 Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
-The data come from fineweb.py, the HellaSwag score from hellaswag.py; what is not about GPT-2 is in lib/.
+The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs besides the lesson is in lib/.
 
 Measured: the demo's validation loss falls from 10.78 to 4.63 in 103 s on 2 CPU cores (torch 2.13.0, one run).
 One step of GPT-2 124M takes 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
@@ -133,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        if cache is not None:  # (2, B, nh, length, hs): keys and values, up to now of the `start` tokens before these
+        if cache is not None:  # (2, B, nh, length, hs): keys and values; those of the tokens before `start` are there
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T].to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)  # flash attention, where the device has it
