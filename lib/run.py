@@ -51,8 +51,8 @@ class Run:
         if error:
             self.save()
             self.metrics["signal"] = int(error.number)
-            self.say(f"{error}. To resume, give the same command with --init_from resume")
             self.folder.check_saved()
+            self.say(f"{error}. To resume, give the same command with --init_from resume")
         self.metrics["step"] = self.step
         self.stack.close()
         return True
