@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import dataset, hugging_face, knobs, machine, plan, reference
+from lib import hugging_face, knobs, machine, plan, reference
 from lib.checkpoint import load_checkpoint
 from lib.common import UserError, get_tokenizer, run_as_command, say
 from lib.cpu_loss import ChunkedCrossEntropy
-from lib.dataset import TokenStream
+from lib.dataset import ShardFolder, TokenStream
 from lib.memory import fit_micro_batch
 from lib.restore import rebuild
 from lib.run import Run
@@ -297,7 +297,8 @@ class DataLoaderLite:
 
     The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
     of the train split visits every sequence once, shuffled by (seed, epoch); the val split goes in order. A batch is
-    the next num_processes * B of them, B on each rank: neither number changes the order.
+    the next num_processes * B of them, B on each rank: neither number changes the order. data_root is the folder of the
+    shards, or a ShardFolder: a run opens it once.
     """
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0):
@@ -306,7 +307,7 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise UserError(f"{data_root}/ has {len(self.tokens)} {split} tokens, too few for {T} + 1: build more")
+            raise UserError(f"{len(self.tokens)} {split} tokens in {self.tokens.root}/ are too few for {T} + 1: add some")
         self.reset()
 
     def reset(self):
@@ -460,7 +461,8 @@ def train(config, run):
     if run.local_rank == 0 and config.data_source:
         build_missing(config.data_source, config.data_dir)
     machine.wait_for_all()
-    data = dataset.check(config.data_dir, T, sequences)
+    data = ShardFolder(config.data_dir)
+    data.check(T, sequences)
     hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
     checkpoint = run.open_folder()  # the newest, where this run resumes; else None
 
@@ -482,7 +484,7 @@ def train(config, run):
     run.say(plan.headline(config, model, run, dtype, compiled is not model))
 
     # where the run begins: at step 0, or with the weights, moments and step of the checkpoint
-    settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data}
+    settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
     run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
     del checkpoint
 
@@ -492,9 +494,9 @@ def train(config, run):
     B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
     grad_accum_steps = share // B
     run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
-    train_loader = DataLoaderLite(B, T, *ranks, "train", config.data_dir, config.vocab_size, config.seed)
+    train_loader = DataLoaderLite(B, T, *ranks, "train", data, config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
-    val_loader = DataLoaderLite(B, T, *ranks, "val", config.data_dir, config.vocab_size)
+    val_loader = DataLoaderLite(B, T, *ranks, "val", data, config.vocab_size)
     val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
     for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token()):
@@ -502,7 +504,7 @@ def train(config, run):
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
-            beside = reference.compare(val_loss, step * config.total_batch_size, model.config, data)
+            beside = reference.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
             run.record("val", val_loss, beside)
 
         # once in a while: can it tell how a story goes on from three wrong endings?
@@ -519,7 +521,8 @@ def train(config, run):
 
         # once in a while: the curves so far, as a picture
         if run.rank == 0 and run.due(config.plot_every):
-            run.folder.draw(reference.flags(config.total_batch_size, model.config, data), last=step == config.max_steps)
+            flags = reference.flags(config.total_batch_size, model.config, data.facts)
+            run.folder.draw(flags, last=step == config.max_steps)
 
         # once in a while: save all that it takes to go on from here
         if step > 0 and run.due(config.checkpoint_every):

@@ -4,11 +4,14 @@ The shards as a run reads them: one stream of tokens, opened in no time, checked
 
 import functools
 import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lib.common import UserError
-from lib.shards import find_shards, open_shard, read_manifest
+from lib.shards import SPLITS, find_shards, open_shard
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
 
@@ -18,45 +21,83 @@ def open_file(path):
     return open(path, "rb", buffering=0)
 
 
-class TokenFile:
+class TokenFile(NamedTuple):
     """The tokens of a shard, read when they are needed. A memory map would end the process with SIGBUS where a file is
-    cut short while the run reads it; here it is an error with a name. Raises UserError for what is no whole shard."""
+    cut short while the run reads it; here it is an error with a name."""
 
-    def __init__(self, path):
-        self.path, self.offset, self.length = path, NPY_HEADER, (path.stat().st_size - NPY_HEADER) // 2
-        shape = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({self.length},), }}"
-        expected = b"\x93NUMPY\x01\x00v\x00" + shape.encode().ljust(NPY_HEADER - 11) + b"\n"
-        with open(path, "rb", buffering=0) as file:
-            as_expected = file.read(NPY_HEADER) == expected
-        if not as_expected or self.length <= 0:  # a .bin shard, another version of the header, or a damaged file
-            tokens = open_shard(path)
-            self.offset, self.length = tokens.offset, len(tokens)
+    path: str
+    offset: int  # bytes before the first token
+    length: int  # tokens
+    fingerprint: str  # of some pieces of 256 tokens, evenly spread: other content of this length is noticed at no cost
+
+    @classmethod
+    def open(cls, path, pieces):
+        """Look at a shard. Raises UserError for what is no whole one."""
+        file = os.open(path, os.O_RDONLY)  # not open(): there may be 100,000
+        try:
+            offset, length = NPY_HEADER, (os.fstat(file).st_size - NPY_HEADER) // 2
+            if length <= 0 or os.pread(file, NPY_HEADER, 0) != npy_header(length):  # .bin, by other tools, or damaged
+                tokens = open_shard(Path(path))
+                offset, length = tokens.offset, len(tokens)
+            starts = [max(0, length - 256) * i // max(1, pieces - 1) for i in range(pieces)]
+            sample = b"".join([os.pread(file, 512, offset + 2 * start) for start in starts])
+        finally:
+            os.close(file)
+        return cls(path, offset, length, hashlib.sha256(sample).hexdigest()[:16])
 
     def read(self, start, end):
         """The tokens from start to end, or to the shard's end where that comes first, as uint16."""
         end = min(end, self.length)
         try:
             file = open_file(self.path)
-            file.seek(self.offset + 2 * start)
-            tokens = np.frombuffer(file.read(2 * (end - start)), "<u2")
+            tokens = np.frombuffer(os.pread(file.fileno(), 2 * (end - start), self.offset + 2 * start), "<u2")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path}: {error}. Put it back, and resume") from None
         if len(tokens) < end - start:
             raise UserError(f"{self.path} has become shorter than {end} tokens: put it back as it was, and resume")
         return tokens
 
-    def fingerprint(self, pieces):
-        """A hash of some pieces of 256 tokens, evenly spread: other content of this length is noticed at no cost."""
-        starts = np.linspace(0, max(0, self.length - 256), pieces).astype(int).tolist()
-        return hashlib.sha256(b"".join(self.read(start, start + 256).tobytes() for start in starts)).hexdigest()[:16]
+
+@functools.lru_cache(maxsize=4)  # all shards but the last have one length
+def npy_header(length):
+    shape = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({length},), }}"
+    return b"\x93NUMPY\x01\x00v\x00" + shape.encode().ljust(NPY_HEADER - 11) + b"\n"
+
+
+class ShardFolder:
+    """A folder of token shards, each looked at once. Raises UserError for what is damaged, or not there.
+
+    shards: the TokenFiles of each split in name order; facts: what tells them from others, by name, as plain data: the
+    token count, the sha256 that a manifest has or None, the fingerprint.
+    """
+
+    def __init__(self, root, splits=SPLITS):
+        open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
+        self.root, (names, hashes) = root, find_shards(root, splits)
+        pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # of thousands fewer, to start in a second
+        self.shards = {split: [TokenFile.open(f"{root}/{name}", pieces) for name in names[split]] for split in splits}
+        self.facts = {
+            name: [shard.length, hashes.get(name), shard.fingerprint]
+            for split in splits
+            for name, shard in zip(names[split], self.shards[split], strict=True)
+        }
+
+    def check(self, T, sequences):
+        """Raise UserError where the shards hold less than the `sequences` of T tokens of a step."""
+        found = (sum(shard.length for shard in self.shards["train"]) - 1) // T
+        if found < sequences:
+            raise UserError(
+                f"{self.root}/ has {found} training sequences of {T} tokens, too few for one step of {sequences}: "
+                "build more, or lower total_batch_size"
+            )
 
 
 class TokenStream:
-    """The tokens of a split, shard after shard in name order."""
+    """The tokens of a split, shard after shard in name order. `data_root` is a path, or a ShardFolder."""
 
     def __init__(self, data_root, split, vocab_size=2**16):
-        self.vocab_size = vocab_size
-        self.shards = [TokenFile(path) for path in find_shards(data_root, split)]
+        folder = data_root if isinstance(data_root, ShardFolder) else ShardFolder(data_root, [split])
+        self.root, self.shards, self.vocab_size = folder.root, folder.shards[split], vocab_size
         self.ends = np.cumsum([shard.length for shard in self.shards])  # where each one ends in the stream
 
     def __len__(self):
@@ -78,19 +119,3 @@ class TokenStream:
             pieces.append(tokens)
             start += len(tokens)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def check(data_root, T, sequences):
-    """Raise UserError where the shards are not whole, or hold less than the `sequences` of T tokens of a step. Returns
-    what tells them from others: by name, the token count, the sha256 that a manifest has, a fingerprint."""
-    open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
-    train, val = (TokenStream(data_root, split) for split in ("train", "val"))
-    if (found := (len(train) - 1) // T) < sequences:
-        raise UserError(
-            f"{data_root}/ has {found} training sequences of {T} tokens, too few for one step of {sequences}: build "
-            "more, or lower total_batch_size"
-        )
-    shards = train.shards + val.shards
-    pieces = max(1, min(16, 16_000 // len(shards)))  # of thousands of shards fewer, to start in a second
-    hashes = {shard["file"]: shard["sha256"] for shard in (read_manifest(data_root) or {"shards": []})["shards"]}
-    return {s.path.name: [s.length, hashes.get(s.path.name), s.fingerprint(pieces)] for s in shards}

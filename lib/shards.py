@@ -3,6 +3,7 @@ Token shards as they are read: their names, their format, and the manifest besid
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 
 from lib.common import UserError
 
+SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
 # What a manifest holds; an unfinished one also says how to go on. fineweb.py writes more, which nobody relies on
 MANIFEST = {"complete": bool, "shards": list}
@@ -57,29 +59,32 @@ def split_of(name):
     return match and match["split"]
 
 
-def find_shards(data_root, split):
-    """The paths of a split's shards in name order. Raises UserError where there are none."""
-    root = Path(data_root)
-    paths = sorted(root.iterdir()) if root.is_dir() else []
-    paths = [path for path in paths if split_of(path.name) == split]
-    if not paths:
-        raise UserError(
-            f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, a 28 GB "
-            f"download, or your own text with --source), or try python train_gpt2.py --preset demo"
-        )
-    manifest = read_manifest(root)
+def find_shards(data_root, splits=SPLITS):
+    """The names of the shards of each split in name order, and the sha256 of those that a manifest knows, by name.
+    Raises UserError where a split has none."""
+    names = {split: [] for split in splits}
+    for name in sorted(os.listdir(data_root)) if Path(data_root).is_dir() else ():
+        if (split := split_of(name)) in names:
+            names[split].append(name)
+    for split in splits:
+        if not names[split]:
+            raise UserError(
+                f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, 28 "
+                "GB to fetch, or your own text with --source), or try python train_gpt2.py --preset demo"
+            )
+    manifest = read_manifest(data_root)
     if manifest and not manifest["complete"]:
         raise UserError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
-    if manifest:
-        listed = {shard["file"] for shard in manifest["shards"] if split_of(shard["file"]) == split}
-        for name in sorted(listed ^ {path.name for path in paths}):
-            raise UserError(f"{root}/{name} is in the folder or in its manifest.json, not in both: build it again")
-    return paths
+    listed = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
+    of_splits = {name for name in listed if split_of(name) in splits}
+    for name in sorted(of_splits ^ set().union(*names.values())) if manifest else ():
+        raise UserError(f"{data_root}/{name} is in the folder or in its manifest.json, not in both: build it again")
+    return names, listed
 
 
 def check_shard_set(paths):
     """Raise UserError unless these token shards can lie in one folder and have both splits."""
-    for split in ("train", "val"):
+    for split in SPLITS:
         if not any(split_of(Path(path).name) == split for path in paths):
             raise UserError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
     of_name = {}

@@ -42,7 +42,7 @@ from support import (
 
 import hellaswag
 import train_gpt2
-from lib import knobs
+from lib import dataset, knobs
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, write_checkpoint
 from lib.common import UserError, hash_file, run_as_command
 from train_gpt2 import TrainConfig, main, parse_args
@@ -153,18 +153,16 @@ def test_a_folder_named_like_a_checkpoint_ends_no_run(small, log_dir, undisturbe
 
 
 def test_a_run_that_ends_between_the_first_look_and_the_lock_is_found(small, log_dir, monkeypatch):
-    original = train_gpt2.dataset.check
+    class Folder(dataset.ShardFolder):
+        def check(self, *args):  # another process, as it were
+            monkeypatch.undo()
+            main(small())
+            super().check(*args)
 
-    def check(*args):  # another process, as it were
-        monkeypatch.undo()
-        main(small())
-        return original(*args)
-
-    monkeypatch.setattr(train_gpt2.dataset, "check", check)
+    monkeypatch.setattr(train_gpt2, "ShardFolder", Folder)
     with pytest.raises(UserError, match="holds a run"):
         main(small(seed=7))
     before = read_log(log_dir)
-    monkeypatch.setattr(train_gpt2.dataset, "check", original)
     main(small(init_from="resume"))
     assert read_log(log_dir) == before
 
@@ -376,7 +374,7 @@ def test_shards_that_go_away_are_named_and_the_resume_is_exact(
     shutil.copytree(data, copy)
 
     def act():
-        train_gpt2.dataset.open_file.cache_clear()  # as where there are more shards than a process has open
+        dataset.open_file.cache_clear()  # as where there are more shards than a process has open
         if fault == "moved":
             data.rename(tmp_path / "elsewhere")
         elif fault == "deleted":

@@ -225,7 +225,7 @@ def test_a_damaged_manifest_is_named_with_the_remedy(kind, built, tmp_path):
     assert all(part in result.stdout for part in ("manifest.json is unfinished or damaged", word, "delete it"))
     for split in ("train", "val"):
         with pytest.raises(fineweb.UserError, match="manifest.json is unfinished or damaged"):
-            find_shards(out, split)
+            find_shards(out, [split])
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -234,7 +234,7 @@ def test_an_unfinished_folder_is_said_to_be_to_the_trainer(built, tmp_path):
     path = tmp_path / "out" / "manifest.json"
     path.write_text(change(complete=False, progress=dict(file=0, row=0, skip=0))(path.read_text()))
     with pytest.raises(fineweb.UserError, match="is unfinished: start fineweb.py again"):
-        find_shards(tmp_path / "out", "train")
+        find_shards(tmp_path / "out")
 
 
 def test_own_text_is_cut_into_ten_shards_or_so(tmp_path):
@@ -259,7 +259,7 @@ def test_text_with_fewer_tokens_than_its_size_promises_still_trains(tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["shard_size"] == manifest["tokens"] // 10 and len(manifest["shards"]) in (10, 11)
     assert decode_documents(tmp_path / "out") == [record["text"] for record in records]
-    assert find_shards(tmp_path / "out", "train") and find_shards(tmp_path / "out", "val")
+    assert all(find_shards(tmp_path / "out")[0].values())
     refused = run("fineweb.py", "--source", tmp_path / "pages.jsonl", "--out", tmp_path / "no", "--shard_size", 10_000)
     assert refused.returncode == 2 and "--shard_size" in refused.stdout
 
@@ -273,7 +273,7 @@ def test_text_with_more_tokens_than_its_size_promises_has_more_shards(tmp_path):
 def test_shards_are_named_so_that_the_loader_knows_them(tmp_path):
     (tmp_path / "東京.txt").write_text("naïve café 東京 " * 100)
     fineweb.build(str(tmp_path / "東京.txt"), tmp_path / "out", workers=1)
-    assert find_shards(tmp_path / "out", "val")[0].name == "text_val_000000.npy"
+    assert find_shards(tmp_path / "out")[0]["val"][0] == "text_val_000000.npy"
 
 
 def test_a_build_in_a_folder_of_other_files_leaves_them_alone(tmp_path):

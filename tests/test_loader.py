@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support import write_shards
 
 from lib.common import UserError
+from lib.dataset import ShardFolder, TokenFile
 from lib.shuffle import shuffle
 from train_gpt2 import DataLoaderLite
 
@@ -135,6 +136,31 @@ ORDER_OF_10_BILLION = [3008452373, 3540753649, 675504089]
 
 def order(n, seed=0, epoch=0):
     return shuffle(np.arange(n), n, seed, np.full(n, epoch))
+
+
+def test_the_loaders_of_a_run_share_one_look_at_the_shards(tmp_path, monkeypatch):
+    write_shards(tmp_path, [100, 300, 200])
+    looks = []
+    look = TokenFile.open
+    monkeypatch.setattr(TokenFile, "open", lambda path, pieces: looks.append(Path(path).name) or look(path, pieces))
+    folder = ShardFolder(tmp_path)
+    shared = [DataLoaderLite(4, 16, 0, 1, split, folder) for split in ("train", "val")]
+    assert sorted(looks) == sorted(path.name for path in tmp_path.iterdir())
+    for loader in shared:
+        alone = DataLoaderLite(4, 16, 0, 1, loader.split, tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(loader.next_batch(), alone.next_batch(), strict=True))
+
+
+@pytest.mark.parametrize("token", [0, 150, 299])
+def test_other_content_of_the_same_length_has_another_fingerprint(tmp_path, token):
+    write_shards(tmp_path, [100, 300])
+    before = ShardFolder(tmp_path).facts
+    path = tmp_path / "tiny_train_000001.npy"
+    tokens = np.load(path)
+    tokens[token] += 1
+    np.save(path, tokens)
+    after = ShardFolder(tmp_path).facts
+    assert [name for name in before if before[name] != after[name]] == [path.name]
 
 
 def test_the_order_is_a_permutation_of_every_length():
