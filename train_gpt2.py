@@ -307,7 +307,7 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise UserError(f"{len(self.tokens)} {split} tokens in {self.tokens.root}/ are too few for {T} + 1: add some")
+            raise UserError(f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few: build {T + 1}")
         self.reset()
 
     def reset(self):

@@ -33,16 +33,19 @@ class TokenFile(NamedTuple):
     @classmethod
     def open(cls, path, pieces):
         """Look at a shard. Raises UserError for what is no whole one."""
-        file = os.open(path, os.O_RDONLY)  # not open(): there may be 100,000
         try:
-            offset, length = NPY_HEADER, (os.fstat(file).st_size - NPY_HEADER) // 2
-            if length <= 0 or os.pread(file, NPY_HEADER, 0) != npy_header(length):  # .bin, by other tools, or damaged
-                tokens = open_shard(Path(path))
-                offset, length = tokens.offset, len(tokens)
-            starts = [max(0, length - 256) * i // max(1, pieces - 1) for i in range(pieces)]
-            sample = b"".join([os.pread(file, 512, offset + 2 * start) for start in starts])
-        finally:
-            os.close(file)
+            file = os.open(path, os.O_RDONLY)  # not open(): there may be 100,000
+            try:
+                offset, length = NPY_HEADER, (os.fstat(file).st_size - NPY_HEADER) // 2
+                if length <= 0 or os.pread(file, NPY_HEADER, 0) != npy_header(length):  # .bin, other tools, or damage
+                    tokens = open_shard(Path(path))
+                    offset, length = tokens.offset, len(tokens)
+                starts = [max(0, length - 256) * i // max(1, pieces - 1) for i in range(pieces)]
+                sample = b"".join([os.pread(file, 512, offset + 2 * start) for start in starts])
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}. Put it back, or build it again") from None
         return cls(path, offset, length, hashlib.sha256(sample).hexdigest()[:16])
 
     def read(self, start, end):

@@ -138,6 +138,15 @@ def order(n, seed=0, epoch=0):
     return shuffle(np.arange(n), n, seed, np.full(n, epoch))
 
 
+@pytest.mark.parametrize("kind, message", [("dead link", "No such file"), ("folder", "Is a directory")])
+def test_a_shard_that_cannot_be_read_is_named(tmp_path, kind, message):
+    write_shards(tmp_path, [100, 300])
+    path = tmp_path / "tiny_train_000002.npy"
+    path.symlink_to("nowhere") if kind == "dead link" else path.mkdir()
+    with pytest.raises(UserError, match=rf"cannot read .*{path.name}: {message}.*build it again"):
+        DataLoaderLite(4, 16, 0, 1, "train", data_root=tmp_path)
+
+
 def test_the_loaders_of_a_run_share_one_look_at_the_shards(tmp_path, monkeypatch):
     write_shards(tmp_path, [100, 300, 200])
     looks = []
