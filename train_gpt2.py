@@ -314,18 +314,23 @@ class DataLoaderLite:
         self.seek(0)
 
     def seek(self, position):
-        """Continue after `position` sequences, counted over all ranks and epochs."""
-        self.position = position
+        """Continue after `position` sequences, counted over all ranks and epochs; the disk fetches them meanwhile."""
+        self.position, self.upcoming = position, self.spans(position)
+        self.tokens.read_ahead(self.upcoming)
 
-    def next_batch(self):
-        """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""
-        numbers = np.arange(self.B) + self.position + self.process_rank * self.B
+    def spans(self, position):
+        """Where in the stream the batch of a position lies: B pairs of start and end."""
+        numbers = np.arange(self.B) + position + self.process_rank * self.B
         epochs, numbers = np.divmod(numbers, self.num_sequences)
         if self.split == "train":
             numbers = shuffle(numbers, self.num_sequences, self.seed, epochs)
-        tokens = np.stack([self.tokens.read(start, start + self.T + 1) for start in (numbers * self.T).tolist()])
+        return [(start, start + self.T + 1) for start in (numbers * self.T).tolist()]
+
+    def next_batch(self):
+        """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""
+        tokens = np.stack([self.tokens.read(*span) for span in self.upcoming])
         tokens = torch.from_numpy(tokens.astype(np.int64))  # (B, T + 1)
-        self.position += self.B * self.num_processes
+        self.seek(self.position + self.B * self.num_processes)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 

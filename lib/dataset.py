@@ -2,6 +2,7 @@
 The shards as a run reads them: one stream of tokens, opened in no time, checked where it is used.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -106,17 +107,29 @@ class TokenStream:
     def __len__(self):
         return int(self.ends[-1])
 
+    def locate(self, position):
+        """The shard that a token of the stream is in, and its place there."""
+        i = int(np.searchsorted(self.ends, position, side="right"))
+        return self.shards[i], position - int(self.ends[i]) + self.shards[i].length
+
+    def read_ahead(self, spans):
+        """Have the system read these pairs of start and end into its cache meanwhile, all at once."""
+        for start, end in spans if hasattr(os, "posix_fadvise") else ():
+            shard, begin = self.locate(start)
+            with contextlib.suppress(OSError):  # a shard that has gone away is named when it is read
+                where = open_file(shard.path).fileno(), shard.offset + 2 * begin, 2 * (end - start)
+                os.posix_fadvise(*where, os.POSIX_FADV_WILLNEED)
+
     def read(self, start, end):
         """The tokens from start to end as uint16. Raises UserError for an id that is not below vocab_size: on CUDA it
         would end the process without a word."""
         pieces = []  # one, or several where it crosses from shard to shard
         while start < end:
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            shard, begin = self.shards[i], int(self.ends[i]) - self.shards[i].length
-            tokens = shard.read(start - begin, end - begin)
+            shard, begin = self.locate(start)
+            tokens = shard.read(begin, begin + end - start)
             if tokens.max() >= self.vocab_size:
                 raise UserError(
-                    f"{shard.path} has token id {tokens.max()} at offset {start - begin + tokens.argmax()}, not below "
+                    f"{shard.path} has token id {tokens.max()} at offset {begin + tokens.argmax()}, not below "
                     f"vocab_size {self.vocab_size}: it is damaged or made with another tokenizer, build it again"
                 )
             pieces.append(tokens)

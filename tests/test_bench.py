@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support import ROOT, TINY
+from support import ROOT, TINY, run, write_shards
 
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure
 from train_gpt2 import TrainConfig
@@ -48,3 +48,12 @@ def test_the_command_writes_its_figures(tmp_path):
     assert figures["ladder"][0]["row"] == "plain float32" and all(row["ms"] > 0 for row in figures["ladder"])
     assert figures["hellaswag"]["agree"] == figures["hellaswag"]["items"] == 20
     assert figures["all_rows"]["largest_loss_difference"] < 1e-3
+
+
+def test_the_loader_bench_reads_cold_and_warm_on_one_rank_and_on_two(tmp_path):
+    write_shards(tmp_path, [100, 5000])
+    result = run("tools/bench_loader.py", *f"--data_dir {tmp_path} --ranks 2 --B 2 --T 32 --batches 4".split())
+    rows = [line.split(" | ")[:2] for line in result.stdout.splitlines()[-4:]]
+    assert rows == [[f"{ranks:5d}", cache] for ranks in (1, 2) for cache in ("cold", "warm")], result.stdout
+    empty = run("tools/bench_loader.py", "--data_dir", tmp_path / "none")
+    assert empty.returncode == 2 and "no *_train_*.npy shards" in empty.stdout

@@ -1,3 +1,4 @@
+import os
 import tempfile
 from pathlib import Path
 
@@ -158,6 +159,29 @@ def test_the_loaders_of_a_run_share_one_look_at_the_shards(tmp_path, monkeypatch
     for loader in shared:
         alone = DataLoaderLite(4, 16, 0, 1, loader.split, tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(loader.next_batch(), alone.next_batch(), strict=True))
+
+
+def test_the_disk_is_asked_for_a_batch_before_it_is_read(tmp_path, monkeypatch):
+    write_shards(tmp_path, [100, 3000, 2000])
+    asked, read = set(), []
+    original = TokenFile.read
+
+    def note_read(self, start, end):
+        read.append((Path(self.path).name, start))
+        assert start == 0 or read[-1] in asked  # 0: the rest of a sequence that began in the shard before
+        return original(self, start, end)
+
+    def note_advice(file, offset, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED and length == 2 * 17
+        asked.add((Path(os.readlink(f"/proc/self/fd/{file}")).name, (offset - 128) // 2))
+
+    monkeypatch.setattr(TokenFile, "read", note_read)
+    monkeypatch.setattr(os, "posix_fadvise", note_advice)
+    loader = DataLoaderLite(4, 16, 0, 2, "train", tmp_path)
+    loader.seek(100)
+    for _ in range(60):  # into the next epoch
+        loader.next_batch()
+    assert len(read) >= 240 and len(asked) > 100
 
 
 @pytest.mark.parametrize("token", [0, 150, 299])
