@@ -4,10 +4,21 @@ From a checkpoint back to a run, or to a message that says what does not fit.
 
 import contextlib
 from dataclasses import fields
+from unittest import mock
 
 import torch
 
 from lib.common import UserError
+
+
+def no_random_weights():
+    """Modules made within leave their weights as they come from memory: a second saved for 124M, which a checkpoint's
+    replace, and another, since on the meta device the first random number imports torch's compiler."""
+
+    def leave(tensor, *args, **kwargs):
+        return tensor
+
+    return mock.patch.multiple(torch.Tensor, normal_=leave, uniform_=leave)
 
 
 def rebuild(checkpoint, model_class, config_class):
@@ -21,7 +32,7 @@ def rebuild(checkpoint, model_class, config_class):
     expected = {}
     if config["n_layer"] <= len(weights) and config["n_embd"] % config["n_head"] == 0:
         # shapes alone: a wrong config can ask for any amount of memory, and for more than there are addresses
-        with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError):
+        with torch.device("meta"), no_random_weights(), contextlib.suppress(RuntimeError, TypeError):
             expected = {name: tuple(p.shape) for name, p in model_class(config_class(**config)).state_dict().items()}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
@@ -29,7 +40,8 @@ def rebuild(checkpoint, model_class, config_class):
                 f"the checkpoint's model does not fit its config {config}: {name} has the shape {found.get(name)}, "
                 f"not {expected.get(name)}"
             )
-    model = model_class(config_class(**config))
+    with no_random_weights():
+        model = model_class(config_class(**config))
     model.load_state_dict(weights)
     return model
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from support import make_items, run_warm, write_shards
+from support import make_items, run, run_warm, write_items, write_shards
 
 import hellaswag
 from lib.common import UserError
@@ -252,6 +252,15 @@ def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path):
         expected = [[loss.argmin().item() for loss in tutorial_scores(model, item)] for item in items]
     assert [list(pair) for pair in zip(scores["choices"], scores["choices_norm"], strict=True)] == expected
     assert run_warm("hellaswag.py", *args, "--limit", "5").stdout.splitlines()[-1].startswith("5 acc: ")
+
+
+def test_scoring_imports_no_compiler(checkpoint, tmp_path):
+    """It takes torch a second to import, as long as 100 items of a small model."""
+    write_items(tmp_path / "items.jsonl", 2)
+    args = ("-m", checkpoint, "-d", "cpu", "--data", tmp_path / "items.jsonl")
+    result = run("hellaswag.py", *args, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert "torch.nn.modules" in result.stdout and "2 acc:" in result.stdout
+    assert "torch._dynamo.symbolic_convert" not in result.stdout
 
 
 def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path):
