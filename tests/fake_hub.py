@@ -6,26 +6,44 @@ holds what goes wrong with the next requests of a file: (path, kind), taken one 
 """
 
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "someone/texts"
 
 
+def length_of(content):
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+@functools.lru_cache
+def sha256_of(content):
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Hub:
-    def __init__(self, files):
-        self.files = dict(files)  # path -> bytes
+    def __init__(self, files, dataset, commit):
+        self.files, self.dataset, self.commit = (
+            dict(files),
+            dataset,
+            commit,
+        )  # files: path -> bytes, or Path of a large one
+        self.pinned = commit
         self.claims = {}  # path -> size that the tree claims
         self.mishaps = []  # (path, kind), each once
         self.always = {}  # path -> kind
         self.requests = Counter()  # (method, path)
-        self.commit = COMMIT
 
     def next_mishap(self, path):
         for mishap in self.mishaps:
@@ -36,9 +54,11 @@ class Hub:
 
     def tree(self):
         for path, content in self.files.items():
-            size, sha256 = self.claims.get(path, len(content)), hashlib.sha256(content).hexdigest()
-            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            large = {"lfs": {"oid": sha256, "size": size, "pointerSize": 130}} if len(content) > 1000 else {}
+            length = length_of(content)
+            size, git = self.claims.get(path, length), "0" * 40
+            if isinstance(content, bytes):
+                git = hashlib.sha1(b"blob %d\0" % length + content).hexdigest()
+            large = {"lfs": {"oid": sha256_of(content), "size": size, "pointerSize": 130}} if length > 1000 else {}
             yield {"type": "file", "path": path, "size": size, "oid": git, **large}
         for folder in {path.rsplit("/", 1)[0] for path in self.files if "/" in path}:
             yield {"type": "directory", "path": folder, "oid": "0" * 40}
@@ -63,17 +83,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(rf"/api/datasets/{DATASET}(/revision/(?P<revision>.+))?", path):
+        if match := re.fullmatch(rf"/api/datasets/{hub.dataset}(/revision/(?P<revision>.+))?", path):
             hub.requests["info"] += 1
             if hub.next_mishap("info"):
                 return self.answer(500)
-            if match["revision"] not in (None, "main", "v1", hub.commit, COMMIT):
+            if match["revision"] not in (None, "main", "v1", hub.commit, hub.pinned):
                 return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            body = {"id": DATASET, "sha": COMMIT if match["revision"] == COMMIT else hub.commit, "siblings": []}
+            sha = hub.pinned if match["revision"] == hub.pinned else hub.commit
+            body = {"id": hub.dataset, "sha": sha, "siblings": []}
             return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if path == f"/api/datasets/{DATASET}/tree/{COMMIT}":
+        if path == f"/api/datasets/{hub.dataset}/tree/{hub.pinned}":
             return self.answer(200, json.dumps(list(hub.tree())).encode(), {"Content-Type": "application/json"})
-        prefix = f"/datasets/{DATASET}/resolve/{COMMIT}/"
+        prefix = f"/datasets/{hub.dataset}/resolve/{hub.pinned}/"
         if path.startswith(prefix) and (name := path[len(prefix) :]) in hub.files:
             return self.send_file(hub, name, hub.files[name])
         self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -82,10 +103,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, hub, name, content):
         hub.requests[self.command, name] += 1
-        etag = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{sha256_of(content)}"', "X-Repo-Commit": hub.pinned, "Accept-Ranges": "bytes"}
         if self.command == "HEAD":
-            return self.answer(200, b"", {**headers, "Content-Length": len(content)})
+            return self.answer(200, b"", {**headers, "Content-Length": length_of(content)})
         kind = hub.next_mishap(name)
         if kind in ("429", "500"):
             return self.answer(int(kind))
@@ -96,14 +116,19 @@ class Handler(BaseHTTPRequestHandler):
         start = 0
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            headers["Content-Range"] = f"bytes {start}-{length_of(content) - 1}/{length_of(content)}"
+        if isinstance(content, Path):
+            self.answer(206 if start else 200, b"", {**headers, "Content-Length": length_of(content) - start})
+            with open(content, "rb") as file:
+                file.seek(start)
+                return shutil.copyfileobj(file, self.wfile, 1 << 20)
         body = content[start:]
         self.answer(206 if start else 200, body, headers, send=len(body) // 2 if kind == "cut" else None)
 
 
 @contextlib.contextmanager
-def serving(files):
-    hub = Hub(files)
+def serving(files, dataset=DATASET, commit=COMMIT):
+    hub = Hub(files, dataset, commit)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.hub = True, hub
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
