@@ -207,7 +207,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
 
 def main():
     parser = argparse.ArgumentParser(description="Score a model on HellaSwag", allow_abbrev=False)
-    parser.add_argument("-m", "--model", default="gpt2", help="OpenAI model name or checkpoint (default: %(default)s)")
+    parser.add_argument("-m", "--model", default="gpt2", help="OpenAI name, checkpoint or exported folder: %(default)s")
     parser.add_argument("-d", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps, cpu")
     parser.add_argument("--data", help="a .jsonl of items (default: the validation set, fetched on first use)")
     parser.add_argument("--limit", type=int, help="score only the first N items")

@@ -274,16 +274,14 @@ def load_model(name):
 
 def initial_model(config, checkpoint):
     """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch, or from other weights."""
-    if checkpoint:
-        return rebuild(checkpoint, GPT, GPTConfig)
     c, T, V = config, config.sequence_length, config.vocab_size
-    if c.init_from in ("scratch", "resume"):
+    if c.init_from in ("scratch", "resume") and not checkpoint:
         return GPT(GPTConfig(T, V, c.n_layer, c.n_head, c.n_embd))
-    model = load_model(c.init_from)
+    model = rebuild(checkpoint, GPT, GPTConfig) if checkpoint else load_model(c.init_from)
     if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
         raise UserError(
-            f"{c.init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
-            f"sequence_length from {T} and vocab_size from {V} to those"
+            f"{c.init_from}: that checkpoint has room for {model.config.block_size} tokens and "
+            f"{model.config.vocab_size} ids: lower sequence_length from {T} and vocab_size from {V} to those"
         )
     return model
 

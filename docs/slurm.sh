@@ -17,6 +17,6 @@ srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${
     --max-restarts=3 --shutdown-timeout=270 train_gpt2.py --init_from resume "$@" && exit
 
 # torchrun ends with 1 after a signal as after an error, and Slurm queues neither again. What fails in its first ten
-# minutes would fail again.
-((SECONDS > 600)) && scontrol requeue "$SLURM_JOB_ID"
+# minutes would fail again, and what was queued 100 times may never end well.
+((SECONDS > 600 && ${SLURM_RESTART_COUNT:-0} < 100)) && scontrol requeue "$SLURM_JOB_ID"
 exit 1

@@ -31,7 +31,7 @@ def one_at_a_time(model, item, device):
     """The tutorial's way: four rows, the logits of all their tokens. Returns the ending of the lowest mean loss."""
     _, tokens, mask, _ = hellaswag.render_example(item)
     tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
-    logits = model(tokens)[0][:, :-1].float()
+    logits = model(tokens)[0][:, :-1, :50257].float()
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
     return ((losses * mask).sum(dim=1) / mask.sum(dim=1)).argmin().item()
 
