@@ -9,7 +9,7 @@ Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the
 The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs besides the lesson is in lib/.
 
 Measured: the demo's validation loss falls from 10.78 to 4.63 in 103 s on 2 CPU cores (torch 2.13.0, one run).
-One step of GPT-2 124M takes 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
+A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
 """
 
 import functools
@@ -51,13 +51,13 @@ class TrainConfig:
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads of a block, n_embd / n_head channels each
     n_embd: int = 768  # channels of the residual stream
-    vocab_size: int = 50304  # GPT-2 has 50257 tokens; a multiple of 128 is faster, and the rows above are never used
+    vocab_size: int = 50304  # GPT-2 has 50257 tokens; a multiple of 128 is faster, and the ids above are never sampled
     sequence_length: int = 1024  # tokens
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
-    total_batch_size: int = 524288  # tokens an optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = 64  # sequences a forward pass on one rank, at most; fewer where memory is short
+    total_batch_size: int = 524288  # tokens per optimizer step, over all ranks and micro-batches
+    micro_batch_size: int = 64  # sequences per forward pass on one rank, at most; fewer where memory is short
     max_steps: int = 19073  # optimizer steps
-    warmup_steps: int = 715  # steps of linear warm-up: 375M tokens
+    warmup_steps: int = 715  # steps of linear warm-up; these are 375M tokens
     max_lr: float = 6e-4  # learning rate after the warm-up
     min_lr_ratio: float = 0.1  # the cosine ends at this share of max_lr
     weight_decay: float = 0.1  # on matrices and embeddings only
@@ -65,24 +65,24 @@ class TrainConfig:
     # evaluation and output
     log_every: int = 1  # steps from one line on the console to the next; log.txt has every step
     val_every: int = 250  # steps from one validation loss to the next; 0: none
-    val_tokens: int = 10485760  # tokens a validation, over all ranks
+    val_tokens: int = 10485760  # tokens per validation, over all ranks
     hellaswag_every: int = 250  # steps; 0: none
     sample_every: int = 250  # steps; 0: none
     plot_every: int = 250  # steps from one log_dir/curve.png to the next, where matplotlib is installed; 0: none
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
     sample_temperature: float = 1.0  # below 1 favors the likelier tokens; 0: always the likeliest
     checkpoint_every: int = 1000  # steps; 0: none
-    keep_checkpoints: int = 3  # so many of the newest stay on disk
+    keep_checkpoints: int = 3  # how many of the newest stay on disk
     tracker: str = ""  # tensorboard | wandb, with what the console says; "": neither
     # machine
     seed: int = 1337  # of the initial weights, the data order and the samples
     device: str = "auto"  # auto | cuda | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
-    activation_checkpointing: bool | None = None  # less memory for a second forward; None: where nothing else fits
-    max_nonfinite: int = 5  # stop after so many steps in a row without a finite loss and gradient
-    collective_timeout: int = 600  # seconds until ranks that wait for a dead or hung one give up
-    plan: bool | None = None  # print what the run takes (parameters, memory, disk, hours) and exit
+    activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
+    max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
+    collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to the first step
+    plan: bool = False  # print what the run takes (parameters, memory, disk, hours) and exit
     plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
 
 
@@ -91,7 +91,7 @@ PRESETS = {
     "gpt2": {},  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=32),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, micro_batch_size=16),  # 774M
-    "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps of it are 20 billion tokens
+    "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps are two epochs of 10 billion tokens
         n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
     ),
     "demo": dict(  # 3M, nearly all of it vocabulary, on the documentation of Python and NumPy
@@ -197,8 +197,8 @@ class GPT(nn.Module):
     def hidden_states(self, idx, cache=None, start=0):
         """All of the model but its head: token ids (B, T) int64 to (B, T, n_embd).
 
-        cache: for generating, (n_layer, 2, B, n_head, length, n_embd / n_head), which takes the keys and values of the
-        tokens. Their first `start` are in it from earlier calls, and idx is what follows: a single token, if start > 0.
+        cache: for generating, keys and values (n_layer, 2, B, n_head, length, n_embd / n_head); those of idx are added.
+        The first `start` tokens are in it already; if start > 0, idx must be the one next token.
         """
         T = start + idx.size(1)
         if self.config.block_size < T:
@@ -206,8 +206,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:T]  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half of its traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
-            recompute = self.activation_checkpointing and torch.is_grad_enabled()
             past = None if cache is None else cache[i]
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x, past, start)
         return self.transformer.ln_f(x.float())  # CUDA's autocast does it by itself, the CPU's does not
@@ -274,13 +274,13 @@ def load_model(name):
 
 def initial_model(config, checkpoint):
     """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch, or from other weights."""
-    c, T, V = config, config.sequence_length, config.vocab_size
-    if c.init_from in ("scratch", "resume") and not checkpoint:
-        return GPT(GPTConfig(T, V, c.n_layer, c.n_head, c.n_embd))
-    model = rebuild(checkpoint, GPT, GPTConfig) if checkpoint else load_model(c.init_from)
+    T, V = config.sequence_length, config.vocab_size
+    if config.init_from in ("scratch", "resume") and not checkpoint:
+        return GPT(GPTConfig(T, V, config.n_layer, config.n_head, config.n_embd))
+    model = rebuild(checkpoint, GPT, GPTConfig) if checkpoint else load_model(config.init_from)
     if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
         raise UserError(
-            f"{c.init_from}: that checkpoint has room for {model.config.block_size} tokens and "
+            f"{config.init_from}: that checkpoint has room for {model.config.block_size} tokens and "
             f"{model.config.vocab_size} ids: lower sequence_length from {T} and vocab_size from {V} to those"
         )
     return model
@@ -349,29 +349,29 @@ def get_lr(step, config):
 
 @torch.no_grad()
 def evaluate_loss(model, loader, num_sequences, device, before_batch=lambda: None):
-    """The mean loss in nats per token over the first num_sequences of the loader, whatever its B and the ranks."""
+    """The mean loss in nats per token over the loader's first num_sequences, for any B and number of ranks."""
     model.eval()
     loader.reset()
-    total, count = torch.zeros((), device=device), 0
+    total = torch.zeros(2, device=device)  # the losses, and of how many sequences
     while loader.position < num_sequences:
         before_batch()
-        mine = min(loader.B, num_sequences - loader.position - loader.process_rank * loader.B)  # that count
+        mine = min(loader.B, num_sequences - loader.position - loader.process_rank * loader.B)  # how many count
         x, y = loader.next_batch()
         if mine > 0:
             y[mine:] = -100  # rather than a smaller batch: compiled code keeps its one shape
             _, loss = model(x.to(device), y.to(device), return_logits=False)
-            total += loss * mine
-            count += mine
+            total[0] += loss * mine
+            total[1] += mine
     model.train()
-    total, count = machine.sum_over_ranks(torch.stack([total, torch.tensor(float(count), device=device)])).tolist()
-    return total / count
+    loss, count = machine.sum_over_ranks(total).tolist()
+    return loss / count
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """Sample an id for each row of logits (B, V): (B, 1).
 
-    It is one of the top_k likeliest (0: of all), of which only the likeliest that together reach the probability top_p
-    stay. A temperature below 1 favors the likelier ones; 0 always takes the likeliest.
+    Only the top_k likeliest count (0: all), and of those the fewest whose probabilities add up to top_p. A temperature
+    below 1 favors the likelier ones; 0 always takes the likeliest.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
@@ -396,7 +396,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
         logits = model.head(hidden[:, -1])[:, :50257].nan_to_num()  # padded ids are no tokens; NaN: a run that diverged
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
-        start = idx.size(1) % c.block_size  # 0 where it is full: now it moves on, and every token's position changes
+        start = 0 if idx.size(1) == c.block_size else idx.size(1)  # full: the window slides, every position changes
         idx = torch.cat([idx, token], dim=1)
 
 
@@ -425,7 +425,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     """One optimizer step on the loader's next micro-batches. Returns (loss, norm, finite).
 
     loss: the mean over the whole batch and all ranks in nats per token, before the update; norm: the global L2 norm of
-    the gradient before clipping; finite: False where a NaN or infinity in them made the update be skipped.
+    the gradient before clipping; finite: False for a NaN or infinity in them, but True where float16 overflowed.
     """
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
@@ -442,13 +442,13 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # a NaN would stay in AdamW's moments for good. float16's gradients overflow now and then by design: its scaler then
-    # skips the update and lowers its scale, which for other types is 1. All ranks see the same sums and decide alike
+    # a NaN would stay in AdamW's moments for good: no such update. float16's gradients overflow now and then by design:
+    # its scaler skips those updates itself, and lowers its scale, which is 1 for other types. All ranks decide alike
     finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
     if finite or scaler.is_enabled():
         scaler.step(optimizer)  # the weights change here: optimizer.step(), if the gradients did not overflow
         scaler.update()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP keeps its own
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's buckets stay
     return loss, norm, finite
 
 
@@ -459,7 +459,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 def train(config, run):
     """Train by config, a TrainConfig, within run, a lib.run.Run that is open."""
     # data: shards that fineweb.py made, of which the val split is never trained on
-    T, device, ranks = config.sequence_length, run.device, (run.rank, run.world_size)
+    T, device = config.sequence_length, run.device
     sequences = config.total_batch_size // T  # of a step, over all ranks
     if run.local_rank == 0 and config.data_source:
         build_missing(config.data_source, config.data_dir)
@@ -475,31 +475,32 @@ def train(config, run):
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     model = initial_model(config, checkpoint).to(device)
     compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
-    ddp, megabytes = compiled, 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
+    ddp = compiled
     if run.world_size > 1:  # some 20 buckets, summed while the backward runs; torch.compile makes a graph for each
+        megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
     # optimizer, and the precision of the matrix products
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
     dtype = machine.choose_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16's small gradients vanish
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
     run.say(plan.headline(config, model, run, dtype, compiled is not model))
 
     # where the run begins: at step 0, or with the weights, moments and step of the checkpoint
     settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
     run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
-    del checkpoint
+    del checkpoint  # its memory
 
-    # memory: the micro-batch that fits on every rank, and the step's batch in so many of them
+    # memory: a micro-batch that fits on every rank, and how many of them make up a step
     share = sequences // run.world_size  # sequences of each rank
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
     B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
     grad_accum_steps = share // B
     run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
-    train_loader = DataLoaderLite(B, T, *ranks, "train", data, config.vocab_size, config.seed)
+    train_loader = DataLoaderLite(B, T, run.rank, run.world_size, "train", data, config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
-    val_loader = DataLoaderLite(B, T, *ranks, "val", data, config.vocab_size)
+    val_loader = DataLoaderLite(B, T, run.rank, run.world_size, "val", data, config.vocab_size)
     val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
     for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token()):
@@ -510,11 +511,11 @@ def train(config, run):
             beside = reference.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
             run.record("val", val_loss, beside)
 
-        # once in a while: can it tell how a story goes on from three wrong endings?
+        # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
             with run.clock.timing("HellaSwag"), autocast():
-                counts = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
-            run.record("hella", (counts[1] / counts[2]).item())
+                _, right, items = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
+            run.record("hella", (right / items).item())
 
         # once in a while: read what it writes
         if run.rank == 0 and run.due(config.sample_every):
@@ -542,8 +543,8 @@ def train(config, run):
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
         run.record_step(loss, norm, lr, finite, show=run.due(config.log_every))
-    score = "; python hellaswag.py -m {checkpoint}" if hella else ""
-    run.finish(f'python -m tools.sample {{checkpoint}} --prompt "{config.sample_prompt}"{score}')
+    score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
+    run.finish(f'python -m tools.sample CHECKPOINT --prompt "{config.sample_prompt}"{score}')
 
 
 def main(config):

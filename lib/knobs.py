@@ -48,7 +48,7 @@ def parse_args(dataclass, presets, description, argv=None):
     parser.add_argument("--preset", choices=presets, default="gpt2", help="a named set of overrides (default: gpt2)")
     comments = comments_of(dataclass)
     for field in fields(dataclass):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type == bool | None else {"type": field.type}
+        kind = {"action": argparse.BooleanOptionalAction} if field.type in (bool, bool | None) else {"type": field.type}
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".strip().replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **kind)
     flags = vars(parser.parse_args(argv))

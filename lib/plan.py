@@ -86,7 +86,7 @@ def describe(c):
     keep = c.keep_checkpoints + 1  # a new one is written beside them
     lines += [
         "",
-        f"disk: {2 * tokens / 1e9:.1f} GB for so many tokens in shards; {keep} checkpoints of {12 * n / 1e9:.2f} GB",
+        f"disk: 2 GB a billion tokens in shards (sample-10BT: 20 GB); {keep} checkpoints of {12 * n / 1e9:.2f} GB",
         "",
         f"hours for {tokens:,} tokens"
         + (" at the speed given" if c.plan_speed else f", if MFU is {MFU:.1%}, which {MEASURED}")

@@ -142,9 +142,9 @@ class Run:
         )
 
     def finish(self, hint):
-        """The last words of a run that came to its end; `hint` says what to do with its last {checkpoint}."""
+        """The last words of a run that came to its end; `hint` says what to do with its last CHECKPOINT."""
         self.folder.check_saved()
         self.say(f"done: {self.clock}")
         if self.folder.saved:
-            hint = hint.replace("{checkpoint}", str(self.folder.saved))
+            hint = hint.replace("CHECKPOINT", str(self.folder.saved))
             self.say(f"All is in {self.folder.path}/\nnext: {hint}")
