@@ -60,11 +60,11 @@ def load_optimizer(optimizer, state, trained):
             found = {name: tuple(value.shape) for name, value in moments.items()}
             if found != expected:
                 raise ValueError(f"parameter {index} has moments of the shapes {found}, not {expected}")
-        optimizer.load_state_dict(state)
+        # with its own settings: where a moment's step lies depends on them
+        groups = [{**group, **settings} for group, settings in zip(state["param_groups"], own, strict=True)]
+        optimizer.load_state_dict({**state, "param_groups": groups})
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"cannot resume: the optimizer's state does not fit this model: {error!r}") from None
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
 
 
 def tensors_of(state):

@@ -30,6 +30,7 @@ from support import (
 import train_gpt2
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from lib.common import UserError
+from lib.restore import load_optimizer
 from lib.signals import short_shutdown
 from train_gpt2 import main
 
@@ -349,3 +350,17 @@ def test_steps_of_six_digits_come_after_those_of_five(tmp_path):
         assert save_checkpoint(tmp_path, {**empty, "step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["model_100000.pt", "model_99999.pt"]
     assert newest_whole_checkpoint(tmp_path).name == "model_100000.pt"
+
+
+def test_moments_of_another_kind_of_device_go_where_the_fused_kernel_needs_them():
+    model = torch.nn.Linear(2, 2)
+    old = torch.optim.AdamW(
+        model.parameters(), fused=False
+    )  # as on an Apple GPU: the step of a moment stays on the CPU
+    model(torch.ones(1, 2)).sum().backward()
+    old.step()
+    new = torch.optim.AdamW(torch.nn.Linear(2, 2, device="meta").parameters())
+    new.param_groups[0]["fused"] = True
+    load_optimizer(new, old.state_dict(), trained=True)
+    assert {moment.device.type for state in new.state.values() for moment in state.values()} == {"meta"}
+    assert new.param_groups[0]["fused"] is True
