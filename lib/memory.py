@@ -14,27 +14,34 @@ from lib.machine import sum_over_ranks
 
 
 def rehearse(model, optimizer, B, T, vocab_size, device, autocast):
-    """Allocate what an optimizer step needs at most: two micro-batches of B x T tokens, the second beside the gradients
-    of the first, and room for AdamW's two moments. Neither weights nor random state change."""
+    """Allocate what a run needs at most: two micro-batches of B x T tokens, the second beside the gradients of the
+    first, room for AdamW's two moments, and one of validation, whose float32 logits can take more than all activations
+    of a small model. Neither weights nor random state change."""
     parameters = list(model.parameters())
     moments = [torch.empty_like(p) for p in 2 * parameters if not optimizer.state]
     x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
+    y = x.clone()  # one tensor in two places would be compiled for by itself
     with getattr(model, "no_sync", contextlib.nullcontext)():  # ranks need not agree here on what fits
         for _ in range(2):
             with autocast():
-                _, loss = model(x, x, return_logits=False)
+                _, loss = model(x, y, return_logits=False)
             loss.backward()
+    alone = model.module if isinstance(model, DistributedDataParallel) else model
+    alone.eval()
+    with torch.no_grad(), autocast():
+        alone(x, y, return_logits=False)
+    alone.train()
     del moments
 
 
-def gradients_into_buckets(ddp, device):
-    """Make every .grad a view of DDP's buckets: two synchronized backwards of one token, not compiled, the second after
-    DDP has ordered its buckets by the first. Gradients that come before would lie beside the buckets, a second copy."""
+def warm_up(model, device):
+    """Two synchronized backwards of one token, not compiled, by which cuBLAS takes its memory and DDP puts its buckets
+    in order. From the second on each .grad is a view of them; gradients from before would lie beside, a second copy."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     for _ in range(2):
-        ddp.zero_grad()
+        model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
         with torch.compiler.set_stance("force_eager"):
-            ddp(token, token, return_logits=False)[1].backward()
+            model(token, token, return_logits=False)[1].backward()
 
 
 def fit_in_memory(attempt, size, total, recompute, device):
@@ -69,8 +76,8 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
     its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it."""
 
     is_ddp = isinstance(model, DistributedDataParallel)
-    if is_ddp:
-        gradients_into_buckets(model, device)
+    if is_ddp or device.type == "cuda":
+        warm_up(model, device)
 
     def attempt(size, recompute):
         gpt.activation_checkpointing = recompute
