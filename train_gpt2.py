@@ -44,7 +44,7 @@ from lib.shuffle import shuffle
 class TrainConfig:
     # where things are
     data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
-    data_source: str = ""  # what fineweb.py builds a missing data_dir from; "": nothing, missing data are an error
+    data_source: str = ""  # what fineweb.py builds a missing data_dir from, in half an hour at most; "": nothing
     log_dir: str = "log"  # folder for log.txt and checkpoints
     init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint or export
     # model: GPT-2 124M
@@ -313,8 +313,8 @@ class DataLoaderLite:
 
     def seek(self, position):
         """Continue after `position` sequences, counted over all ranks and epochs; the disk fetches them meanwhile."""
-        self.position, self.upcoming = position, self.spans(position)
-        self.tokens.read_ahead(self.upcoming)
+        self.position, self.upcoming, self.prepared = position, self.spans(position), None
+        self.tokens.will_need(self.upcoming)
 
     def spans(self, position):
         """Where in the stream the batch of a position lies: B pairs of start and end."""
@@ -324,12 +324,18 @@ class DataLoaderLite:
             numbers = shuffle(numbers, self.num_sequences, self.seed, epochs)
         return [(start, start + self.T + 1) for start in (numbers * self.T).tolist()]
 
+    def prepare(self):
+        """Make the next batch now, which next_batch will return."""
+        tokens = np.stack([self.tokens.read(*span) for span in self.upcoming])  # (B, T + 1) uint16
+        self.prepared = [torch.from_numpy(t.astype(np.int64, order="C")) for t in (tokens[:, :-1], tokens[:, 1:])]
+
     def next_batch(self):
         """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""
-        tokens = np.stack([self.tokens.read(*span) for span in self.upcoming])
-        tokens = torch.from_numpy(tokens.astype(np.int64))  # (B, T + 1)
+        if not self.prepared:
+            self.prepare()
+        x, y = self.prepared
         self.seek(self.position + self.B * self.num_processes)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return x, y
 
 
 # -----------------------------------------------------------------------------
@@ -432,12 +438,12 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
         x, y = machine.to_device(loader.next_batch(), device)
         # DDP reads this in its forward: the ranks sum their gradients once a step, during the last backward
         model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-        with autocast():
-            _, micro_loss = model(x, y, return_logits=False)
-        micro_loss = micro_loss / grad_accum_steps  # their gradients add up to that of the mean over the batch
+        with autocast():  # the gradients of all micro-batches add up to that of the mean over the batch
+            micro_loss = model(x, y, return_logits=False)[1] / grad_accum_steps
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
-    loss = machine.mean_over_ranks(loss).item()  # .item() waits for the device
+    loader.prepare()  # the next batch, while the device works
+    loss = machine.mean_over_ranks(loss).item()  # .item() waits for it
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     for group in optimizer.param_groups:

@@ -112,7 +112,7 @@ class TokenStream:
         i = int(np.searchsorted(self.ends, position, side="right"))
         return self.shards[i], position - int(self.ends[i]) + self.shards[i].length
 
-    def read_ahead(self, spans):
+    def will_need(self, spans):
         """Have the system read these pairs of start and end into its cache meanwhile, all at once."""
         for start, end in spans if hasattr(os, "posix_fadvise") else ():
             shard, begin = self.locate(start)

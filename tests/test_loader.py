@@ -56,6 +56,18 @@ def test_epochs_differ_in_order_and_seeds_do(tmp_path):
     assert other.next_batch()[0].tolist() != rows[0][:-1]
 
 
+def test_a_batch_that_is_prepared_is_the_one_that_comes(tmp_path):
+    write_shards(tmp_path, [100, 700, 800])
+    plain, prepared = (DataLoaderLite(1, 16, 0, 1, "train", data_root=tmp_path) for _ in range(2))
+    for step in range(10):
+        if step == 5:
+            plain.seek(50), prepared.seek(50)
+        (x, y), (px, py) = plain.next_batch(), prepared.next_batch()
+        assert torch.equal(x, px) and torch.equal(y, py) and x.stride() == y.stride() == (16, 1)
+        assert prepared.position == plain.position  # of what was handed out
+        prepared.prepare()
+
+
 def test_reset_replays_and_seek_continues(tmp_path):
     write_shards(tmp_path, [100, 700, 800])
     loader = DataLoaderLite(4, 16, 1, 2, "train", data_root=tmp_path)
