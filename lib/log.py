@@ -1,12 +1,16 @@
 """
 log.txt and the console: each metric formatted once, whole records, none lost to a full disk that gets room again; and
-reading them back.
+reading them back. And the clock.
 """
 
 import contextlib
 import os
 import re
+import time
+from collections import Counter
 from typing import NamedTuple
+
+import torch
 
 from lib.common import UserError, atomic_write, say
 
@@ -24,6 +28,22 @@ METRICS = {  # by the kind of record in log.txt
     "val": Metric("val_loss", "val loss", ".4f"),
     "hella": Metric("hella", "HellaSwag", ".4f"),
 }
+
+
+class Stopwatch(Counter):
+    """Seconds by what they were spent on; as a string, their shares. `last` is the latest of them."""
+
+    @contextlib.contextmanager
+    def timing(self, what):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():  # the device may still be at work
+            torch.cuda.synchronize()
+        self.last = time.perf_counter() - start
+        self[what] += self.last
+
+    def __str__(self):
+        return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())
 
 
 def rates(seconds, tokens, flops_per_token, peak_tflops, steps_left):

@@ -8,7 +8,6 @@ import os
 import re
 import time
 import uuid
-from collections import Counter
 from datetime import timedelta
 from importlib.util import find_spec
 
@@ -116,20 +115,6 @@ def peak_tflops(name):
     return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
-class Stopwatch(Counter):
-    """Seconds by what they were spent on; as a string, their shares. `last` is the latest of them."""
-
-    @contextlib.contextmanager
-    def timing(self, what):
-        start = time.perf_counter()
-        yield
-        self.last = time.perf_counter() - start
-        self[what] += self.last
-
-    def __str__(self):
-        return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())
-
-
 def choose_dtype(name, device):
     """The torch.dtype of a name; auto is 16 bits on CUDA (bfloat16 where it has that), float32 elsewhere."""
     if name == "auto" and device.type == "cuda":
@@ -139,10 +124,11 @@ def choose_dtype(name, device):
 
 def choose_compile(wanted, device):
     """Whether to compile: as wanted, or, where that is None, on CUDA."""
-    if wanted is not False and device.type == "cuda" and not find_spec("triton"):
-        say("warning: torch.compile is off, because Triton is not installed: pip install triton")
+    cuda = device.type == "cuda"
+    if wanted is not False and cuda and (torch.cuda.get_device_capability() < (7, 0) or not find_spec("triton")):
+        say("warning: torch.compile is off: it takes pip install triton, and a GPU of compute capability 7.0")
         return False
-    return device.type == "cuda" if wanted is None else wanted
+    return cuda if wanted is None else wanted
 
 
 def to_device(tensors, device):

@@ -12,7 +12,7 @@ from lib import machine
 from lib.common import UserError, report, say
 from lib.folder import RunFolder, git_commit
 from lib.knobs import compare_runs
-from lib.log import METRICS, rates
+from lib.log import METRICS, Stopwatch, rates
 from lib.restore import restore, tensors_of
 from lib.signals import StopRun, short_shutdown, stop_signals
 
@@ -27,7 +27,7 @@ class Run:
     def __init__(self, log_dir, device, resume, keep_checkpoints, max_nonfinite, collective_timeout, tracker):
         self.folder, self.resume = RunFolder(log_dir, keep_checkpoints, tracker), resume
         self.requested_device, self.collective_timeout, self.max_nonfinite = device, collective_timeout, max_nonfinite
-        self.step, self.nonfinite, self.metrics, self.clock = 0, 0, {"val_loss": None}, machine.Stopwatch()
+        self.step, self.nonfinite, self.metrics, self.clock = 0, 0, {"val_loss": None}, Stopwatch()
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
