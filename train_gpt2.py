@@ -274,14 +274,16 @@ def load_model(name):
 
 def initial_model(config, checkpoint):
     """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch, or from other weights."""
+    if checkpoint:
+        return rebuild(checkpoint, GPT, GPTConfig)
     T, V = config.sequence_length, config.vocab_size
-    if config.init_from in ("scratch", "resume") and not checkpoint:
+    if config.init_from in ("scratch", "resume"):
         return GPT(GPTConfig(T, V, config.n_layer, config.n_head, config.n_embd))
-    model = rebuild(checkpoint, GPT, GPTConfig) if checkpoint else load_model(config.init_from)
+    model = load_model(config.init_from)
     if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
         raise UserError(
-            f"{config.init_from}: that checkpoint has room for {model.config.block_size} tokens and "
-            f"{model.config.vocab_size} ids: lower sequence_length from {T} and vocab_size from {V} to those"
+            f"{config.init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: "
+            f"lower sequence_length from {T} and vocab_size from {V} to those"
         )
     return model
 
