@@ -22,6 +22,11 @@ def open_file(path):
     return open(path, "rb", buffering=0)
 
 
+def read_at(file, start, size):
+    os.lseek(file, start, os.SEEK_SET)  # Windows has no os.pread
+    return os.read(file, size)
+
+
 class TokenFile(NamedTuple):
     """The tokens of a shard, read when they are needed. A memory map would end the process with SIGBUS where a file is
     cut short while the run reads it; here it is an error with a name."""
@@ -35,14 +40,14 @@ class TokenFile(NamedTuple):
     def open(cls, path, pieces):
         """Look at a shard. Raises UserError for what is no whole one."""
         try:
-            file = os.open(path, os.O_RDONLY)  # not open(): there may be 100,000
+            file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # twice as fast as open(), for 100,000
             try:
                 offset, length = NPY_HEADER, (os.fstat(file).st_size - NPY_HEADER) // 2
-                if length <= 0 or os.pread(file, NPY_HEADER, 0) != npy_header(length):  # .bin, other tools, or damage
+                if length <= 0 or read_at(file, 0, NPY_HEADER) != npy_header(length):  # .bin, other tools, or damage
                     tokens = open_shard(Path(path))
                     offset, length = tokens.offset, len(tokens)
                 starts = [max(0, length - 256) * i // max(1, pieces - 1) for i in range(pieces)]
-                sample = b"".join([os.pread(file, 512, offset + 2 * start) for start in starts])
+                sample = b"".join([read_at(file, offset + 2 * start, 512) for start in starts])
             finally:
                 os.close(file)
         except OSError as error:
@@ -54,7 +59,7 @@ class TokenFile(NamedTuple):
         end = min(end, self.length)
         try:
             file = open_file(self.path)
-            tokens = np.frombuffer(os.pread(file.fileno(), 2 * (end - start), self.offset + 2 * start), "<u2")
+            tokens = np.frombuffer(read_at(file.fileno(), self.offset + 2 * start, 2 * (end - start)), "<u2")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path}: {error}. Put it back, and resume") from None
         if len(tokens) < end - start:
