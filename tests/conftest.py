@@ -1,6 +1,9 @@
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two of pytest's workers share two cores, and OpenMP threads spin
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, as a run then does
 
 import pytest
 from support import TINY, write_shards
