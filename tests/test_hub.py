@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, DATASET, serving
-from support import ROOT, run
+from support import PROBES, ROOT, run
 
 from lib.common import UserError
 from lib.hub import choose_files, with_retries
@@ -303,11 +303,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, row_group_size):
     rng, path = random.Random(0), tmp_path / "large.parquet"
     texts = [rng.randbytes(1000).hex() for _ in range(25_000)]  # 50 MB that do not compress to less than 25
     pq.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
-    script = (
-        "import pathlib, sys, pyarrow; from lib.sources import documents_of\n"
-        "print(sum(1 for _ in documents_of(pathlib.Path(sys.argv[1]))), pyarrow.default_memory_pool().max_memory())"
-    )
-    rows, peak = subprocess.check_output([sys.executable, "-c", script, str(path)], cwd=ROOT, text=True).split()
+    rows, peak = run(PROBES / "read_documents.py", path).stdout.split()
     assert int(rows) == 25_000 and int(peak) < 20e6, peak
 
 
@@ -338,5 +334,6 @@ def test_a_document_of_50_mb(build, tmp_path):
 
 
 def test_importing_takes_in_nothing_heavy():
-    script = "import fineweb, sys; print({'datasets', 'huggingface_hub', 'pyarrow', 'tqdm'} & {*sys.modules})"
-    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True) == "set()\n"
+    said = run("fineweb.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"}).stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in said.splitlines() if "import time:" in line}
+    assert "numpy" in imported and not {"datasets", "huggingface_hub", "pyarrow", "tqdm"} & imported

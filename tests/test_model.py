@@ -1,12 +1,9 @@
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT, losses, run, run_warm
+from support import PROBES, losses, run, run_warm
 
 from lib.common import UserError
 from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, TrainConfig, generate, get_lr
@@ -209,12 +206,8 @@ def test_from_pretrained_through_the_hub_cache(tmp_path):
     theirs, env = stand_in_for_gpt2(tmp_path)
     idx = torch.randint(50257, (2, 30))
     torch.save(idx, tmp_path / "idx.pt")
-    script = (
-        "import sys, torch, train_gpt2; model = train_gpt2.GPT.from_pretrained('gpt2').eval(); "
-        "torch.save(model(torch.load(sys.argv[1]))[0], sys.argv[2])"
-    )
-    arguments = [tmp_path / "idx.pt", tmp_path / "out.pt"]
-    subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env={**os.environ, **env}, check=True)
+    result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env)
+    assert result.returncode == 0, result.stdout
     assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
 
 

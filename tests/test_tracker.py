@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from support import ROOT, losses
+from support import PROBES, ROOT, losses, run
 
 from lib import knobs, tracker
 from lib.common import UserError
@@ -143,9 +143,6 @@ def test_a_tracker_that_is_killed_is_said_once(tmp_path, package, capfd):
 
 def test_the_tracker_ends_with_a_run_that_is_killed(tmp_path, package):
     read = package("wandb", WANDB)
-    program = "import os, sys; from lib.tracker import Tracker; t = Tracker('wandb'); t.start(sys.argv[1], 0, {}); " + (
-        "t.send(0, {'train_loss': 3.0}); print(t.process.pid, flush=True); os.kill(os.getpid(), 9)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT)  # the tracker holds its end of the pipe until it ends
+    env = {"PYTHONPATH": os.environ["PYTHONPATH"]}
+    run(PROBES / "killed_with_tracker.py", tmp_path, env=env)  # the tracker holds its end of the pipe until it ends
     assert read()[-2:] == [{"log": {"step": 0, "train_loss": 3.0}}, {"finish": True}]

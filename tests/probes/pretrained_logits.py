@@ -1,0 +1,10 @@
+"""The logits of OpenAI's gpt2, as the hub's client has it, for the token ids in one file, into another."""
+
+import sys
+
+import torch
+
+from train_gpt2 import GPT
+
+idx, out = sys.argv[1:]
+torch.save(GPT.from_pretrained("gpt2").eval()(torch.load(idx))[0], out)
