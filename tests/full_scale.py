@@ -41,7 +41,7 @@ def write_table(path, size):
     tokens to bytes."""
     from lib.common import get_tokenizer
 
-    choose, texts = random.Random(0), demo_documents()
+    choose, texts, ratio = random.Random(0), demo_documents(), 0.5  # bytes of a character, once compressed
     lengths = [len(ids) for ids in get_tokenizer().encode_batch(texts, disallowed_special=())]
     schema = pa.schema([("text", pa.string()), ("id", pa.binary())])
     with open(path, "wb") as file, pq.ParquetWriter(file, schema, compression="snappy") as writer:
@@ -55,14 +55,11 @@ def write_table(path, size):
                     wanted -= lengths[i]
                     tokens += lengths[i]
                 documents.append("\n\n".join(parts))
-            pad = max(0, tokens / TOKENS_PER_BYTE - write_table.ratio * sum(map(len, documents)))
+            pad = max(0, tokens / TOKENS_PER_BYTE - ratio * sum(map(len, documents)))
             padding = [os.urandom(int(pad / GROUP)) for _ in documents]
             writer.write_table(pa.table([documents, padding], schema), row_group_size=GROUP)
             text = file.tell() - before - int(pad / GROUP) * GROUP
-            write_table.ratio = text / sum(map(len, documents))  # bytes of a character
-
-
-write_table.ratio = 0.5
+            ratio = text / sum(map(len, documents))
 
 
 def bytes_in(folder):
@@ -146,7 +143,7 @@ def main():
             again = Watch(out, hub.endpoint, flags)
             seconds = again.until(lambda: len(again.shards()) > have)
             print(f"started again: the next shard after {seconds:.1f} s", flush=True)
-            print(f"complete after {again.until(lambda: False):.1f} s ", flush=True)
+            print(f"complete after {again.until(lambda: False):.0f} s", flush=True)
             again.report("the second build")
             print(out.with_suffix(".log").read_text().splitlines()[-1])
             manifest = json.loads((out / "manifest.json").read_bytes())
