@@ -4,7 +4,7 @@ FineWeb-Edu sample-10BT at its full size, without a network: what building it ta
     python tests/full_scale.py                # 13 files of 2.15 GB and one of 0.54, 27 GB of disk, half an hour
     python tests/full_scale.py --scale 0.02   # the same in small
 
-A stand-in for the Hugging Face hub serves files of the real names, sizes and compression, whose documents of some 1,000
+A stand-in for the Hugging Face hub serves files of the real names, sizes and compression, whose documents of some 1,500
 tokens are made of docstrings; `python fineweb.py` fetches and tokenizes them. When 95 of 100 shards are there it is
 killed with SIGKILL, and started again. Every half second its memory and its folder are looked at.
 """
@@ -48,7 +48,7 @@ def write_table(path, size):
         while file.tell() < size:
             documents, tokens, before = [], 0, file.tell()
             for _ in range(GROUP):
-                parts, wanted = [], choose.lognormvariate(6.6, 0.8)  # tokens: 1,000 in the mean
+                parts, wanted = [], choose.lognormvariate(6.6, 0.8)  # tokens; the last part exceeds them
                 while wanted > 0:
                     i = choose.randrange(len(texts))
                     parts.append(texts[i])
