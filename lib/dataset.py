@@ -86,7 +86,7 @@ class ShardFolder:
         pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # of thousands fewer, to start in a second
         self.shards = {split: [TokenFile.open(f"{root}/{name}", pieces) for name in names[split]] for split in splits}
         self.facts = {
-            name: [shard.length, hashes.get(name), shard.fingerprint]
+            name: (shard.length, hashes.get(name), shard.fingerprint)
             for split in splits
             for name, shard in zip(names[split], self.shards[split], strict=True)
         }
