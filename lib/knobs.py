@@ -121,7 +121,10 @@ def compare_runs(before, now, step):
                 f"{old.get(name)}, or start a new run in another --log_dir"
             )
     if before["config"]["block_size"] < new["sequence_length"]:
-        raise UserError(f"cannot resume: the checkpoint's model {before['config']} is for shorter sequences")
+        raise UserError(
+            f"cannot resume: the checkpoint's model {before['config']} is for shorter sequences: start a new run in "
+            "another --log_dir"
+        )
     for name in sorted({*before["data"], *now["data"]}):
         was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
         both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # a sha256 takes a manifest

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_hub import serving
 
+from lib.common import get_tokenizer
 from lib.hub import FINEWEB_EDU, FINEWEB_EDU_REVISION
 from lib.sources import demo_documents
 
@@ -39,8 +40,6 @@ TOKENS_PER_BYTE = 0.35  # of the real files
 def write_table(path, size):
     """A .parquet of so many bytes: documents in groups of 1,000, and a column that pads each group to the real ratio of
     tokens to bytes."""
-    from lib.common import get_tokenizer
-
     choose, texts, ratio = random.Random(0), demo_documents(), 0.5  # bytes of a character, once compressed
     lengths = [len(ids) for ids in get_tokenizer().encode_batch(texts, disallowed_special=())]
     schema = pa.schema([("text", pa.string()), ("id", pa.binary())])

@@ -173,6 +173,7 @@ def test_the_loaders_of_a_run_share_one_look_at_the_shards(tmp_path, monkeypatch
         assert all(torch.equal(a, b) for a, b in zip(loader.next_batch(), alone.next_batch(), strict=True))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux has it")
 def test_the_disk_is_asked_for_a_batch_before_it_is_read(tmp_path, monkeypatch):
     write_shards(tmp_path, [100, 3000, 2000])
     asked, read = set(), []
