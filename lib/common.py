@@ -1,8 +1,8 @@
 """
-What the scripts share: errors for the user, a console that may go away, files that are never half-written, the
-tokenizer.
+What the scripts share: errors for the user, a console that may go away, files never half-written, the tokenizer.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -56,17 +56,19 @@ def report(error):
 def run_as_command(run, *args):
     """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
 
-    A run that a signal ended exits with 128 + the signal's number, as in a shell; under torchrun with 0, since torchrun
-    would restart it, as it shall where one machine's torchrun was killed.
+    A run that a signal ended exits with 128 + the signal's number, but with 0 under torchrun, which would restart it,
+    unless one machine's torchrun was killed. A rank exits at once: threads of gloo that are alive still would abort it.
     """
     try:
         result = run(*args)
     except UserError as error:
         sys.exit(report(error))
-    number = result.get("signal") if isinstance(result, dict) else None
-    if number and ("TORCHELASTIC_RUN_ID" not in os.environ or number == signal.SIGKILL):
-        sys.exit(128 + number)
-    return result
+    number, is_rank = result.get("signal") if isinstance(result, dict) else None, "TORCHELASTIC_RUN_ID" in os.environ
+    code = 128 + number if number and (not is_rank or number == signal.SIGKILL) else 0
+    if is_rank:
+        atexit._run_exitfuncs()
+        os._exit(code)
+    return sys.exit(code) if code else result
 
 
 @contextlib.contextmanager
