@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from lib.common import EOT, UserError, atomic_write, get_tokenizer, run_as_command
-from lib.machine import sum_over_ranks
+from lib.common import EOT, UserError, atomic_write, get_tokenizer, run_as_command, say
+from lib.machine import check_device, sum_over_ranks
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
@@ -129,7 +129,7 @@ def load(rank, local_rank, world_size, device, max_length):
             fetch("val")
         except UserError as error:
             have = 0
-            print(f"going on without HellaSwag: {error}", flush=True)
+            say(f"going on without HellaSwag: {error}")
     have = sum_over_ranks(torch.tensor(have, device=device)).item()
     return make_batches(iterate_examples("val"), rank, world_size, max_length) if have == world_size else None
 
@@ -177,23 +177,22 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
 
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}: it must be 1 or more")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {device!r} here, choose cuda, mps or cpu with -d: {error}") from None
+    check_device(device)
     examples = list(islice(iterate_examples("val", path, style), limit))
     if not examples:
         raise UserError(f"{path} is empty: it must hold HellaSwag items, one JSON object a line")
     torch.set_float32_matmul_precision("high")
     model = load_model(model_name).to(device)
+    if model.config.vocab_size <= EOT:
+        raise UserError(f"{model_name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it reads no text")
     batches = make_batches(examples, max_length=model.config.block_size, style=style)
     chosen = score(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
     chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # as in the file
     n, labels = len(examples), torch.tensor([example["label"] for example in examples])
     acc, acc_norm = (chosen == labels[:, None]).double().mean(dim=0).tolist()
     stderr, norm_stderr = ((p * (1 - p) / max(1, n - 1)) ** 0.5 for p in (acc, acc_norm))
-    print(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
-    print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}")
+    say(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
+    say(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}")
     if json_path:
         by_sum, by_norm = chosen.T.tolist()
         facts = dict(model=str(model_name), style=style, n=n, acc=acc, acc_stderr=stderr, acc_norm=acc_norm,

@@ -115,6 +115,14 @@ def peak_tflops(name):
     return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
+def check_device(name):
+    """Raise UserError where torch has no device of that name here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise UserError(f"no device {name!r} here, choose cuda, mps or cpu with -d: {str(error):.80}") from None
+
+
 def choose_dtype(name, device):
     """The torch.dtype of a name; auto is 16 bits on CUDA (bfloat16 where it has that), float32 elsewhere."""
     if name == "auto" and device.type == "cuda":

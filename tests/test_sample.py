@@ -10,8 +10,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from support import ROOT, environment
+from support import ROOT, environment, write_items
 
+import hellaswag
 from lib.checkpoint import write_checkpoint
 from lib.common import EOT, UserError, get_tokenizer
 from tools import sample
@@ -158,7 +159,7 @@ REFUSALS = {
     "top_p is 0": {"top_p": 0.0},
     "top_k is -1": {"top_k": -1},
     "num_samples is 0": {"num_samples": 0},
-    "cannot use the device 'gpu'": {"device": "gpu"},
+    "no device 'gpu' here": {"device": "gpu"},
     "Name another file": {"prompt": "FILE:nowhere"},
     "no UTF-8 text": {"prompt": "a\udcff"},
     "is no checkpoint, no exported folder": {"model": "nowhere"},
@@ -176,8 +177,11 @@ def test_refusals_name_the_remedy(message, checkpoint):
 def test_a_model_without_the_whole_vocabulary_is_refused(tmp_path, checkpoint):
     contents = {**torch.load(checkpoint), "model": random_model().state_dict(), "config": asdict(random_model().config)}
     write_checkpoint(tmp_path / "model_00003.pt", contents)
+    write_items(tmp_path / "items.jsonl", 2)
     with pytest.raises(UserError, match="knows 1000 ids"):
         sample.run(arguments(str(tmp_path / "model_00003.pt")))
+    with pytest.raises(UserError, match="knows 1000 ids"):
+        hellaswag.run(tmp_path / "model_00003.pt", "cpu", tmp_path / "items.jsonl", None)
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "closed pipe", "bad input"])

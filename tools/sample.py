@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from lib.common import EOT, UserError, get_tokenizer, run_as_command
+from lib.machine import check_device
 from train_gpt2 import load_model, stream
 
 RANGES = {  # from, to
@@ -61,10 +62,7 @@ def write(text):
 
 def load(name, device):
     """The model, ready to write, on its device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        raise UserError(f"cannot use the device {device!r} ({str(error):.80}): try -d cpu") from None
+    check_device(device)
     model = load_model(name).eval()
     if model.config.vocab_size <= EOT:
         raise UserError(f"{name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it cannot write text")
