@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import EOT, UserError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command
+from lib.common import EOT, UserError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command, say
 from lib.hub import FINEWEB_EDU
 from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manifest, removed_if_empty, write_manifest
 from lib.shards import check_shard_set, open_shard, read_manifest
@@ -111,7 +111,7 @@ def update_bar(bar, tokens, manifest, where):
     bar.set_postfix_str(f"{manifest['documents']:,} documents, {where}, shard {len(manifest['shards']):06d}", False)
     bar.update(tokens)
     if not sys.stderr.isatty() and time.monotonic() >= getattr(bar, "next_line", 0):
-        print(bar, file=sys.stderr, flush=True)
+        say(bar, sys.stderr)
         bar.next_line = time.monotonic() + 30
 
 
@@ -193,7 +193,7 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
         manifest = {"shard_size": 0, **wanted, "revision": commit or wanted["revision"], "files": files}
         if not (manifest["shard_size"] or ready_made):
             manifest["shard_size"] = max(1, min(100_000_000, estimate // 10))
-            print(f"{out}: shards of {manifest['shard_size']:,} tokens, since the source has about {estimate:,}")
+            say(f"{out}: shards of {manifest['shard_size']:,} tokens, since the source has about {estimate:,}")
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
     progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
     check_disk(out, manifest, estimate, keep)
@@ -208,7 +208,7 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
             pack_shards(out, manifest, progress, paths, "shard_size" not in wanted, pool, workers, bar)
     manifest["complete"] = True
     write_manifest(out, manifest)
-    print(
+    say(
         f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
         f"{len(manifest['shards'])} shards; {manifest['skipped_empty']:,} empty documents left out"
     )
@@ -268,7 +268,7 @@ def main():
     try:
         run_as_command(lambda: build(**vars(args)))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
+        say("interrupted: the same command goes on after the last finished shard", sys.stderr)
         sys.exit(130)
 
 

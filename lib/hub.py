@@ -15,7 +15,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from lib.common import UserError, hash_file
+from lib.common import UserError, hash_file, say
 from lib.shards import split_of
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -47,7 +47,7 @@ def with_retries(what, attempt):
                     f"cannot read {what} from the Hugging Face hub, tried {tries} times: {reason} Check the network "
                     "and start again, which goes on from here; without one, use local files or --source demo"
                 ) from None
-            print(f"{what}: {reason} Trying again", file=sys.stderr)
+            say(f"{what}: {reason} Trying again", sys.stderr)
             time.sleep(RETRY_DELAY * 2 ** (tries - 1))
 
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from lib.common import UserError, atomic_write, hash_file
+from lib.common import UserError, atomic_write, hash_file, say
 from lib.shards import SHARD_NAME, open_shard, read_manifest
 
 DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone, since it is deleted whole
@@ -39,7 +39,7 @@ def find_manifest(out, wanted, verify=False):
             raise UserError(f"{path} does not have {reason} that the manifest says: delete {out} and build it again")
     if manifest["complete"]:
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
-        print(
+        say(
             f"{out} is already complete: {tokens:,} tokens in {len(manifest['shards'])} shards, "
             + ("every sha256 is right" if verify else "every size is right (--verify computes every sha256)")
         )
@@ -68,7 +68,7 @@ def check_disk(out, manifest, estimate, keep):
             "--out"
         )
     if need > 1e8:
-        print(f"{out} needs about {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", flush=True)
+        say(f"{out} needs about {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
 
 
 @contextlib.contextmanager

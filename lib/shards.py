@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import UserError
+from lib.common import UserError, say
 
 SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
@@ -115,6 +115,6 @@ def build_missing(source, data_dir):
     manifest = read_manifest(data_dir)
     if not (manifest and manifest["complete"]):
         command = ["fineweb.py", "--source", source, "--out", data_dir]
-        print(f"{data_dir}/ is missing, building it: python {' '.join(command)}", flush=True)
+        say(f"{data_dir}/ is missing, building it: python {' '.join(command)}")
         if subprocess.run([sys.executable, Path(__file__).parent.parent / command[0], *command[1:]]).returncode:
             raise UserError(f"building {data_dir} failed, see above")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import ROOT, run
+from support import ROOT, command_of, environment, run
 
 import fineweb
 from lib.shards import find_shards
@@ -338,3 +338,11 @@ def test_the_front_door_says_it_in_one_line_and_exits_with_2(tmp_path):
     assert result.returncode == 2 and "error: no file or folder" in result.stdout
     assert "Traceback" not in result.stdout and not (tmp_path / "out").exists()
     assert run("fineweb.py", "--sauce", "x").returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_console_that_is_lost_ends_no_build(tmp_path, parquet):
+    with open("/dev/full", "w") as full:
+        command = command_of("fineweb.py", "--source", parquet, "--out", tmp_path / "out", "--shard_size", "1000")
+        assert subprocess.run(command, stdout=full, stderr=full, env=environment(), timeout=60).returncode == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
