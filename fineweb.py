@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import EOT, UserError, atomic_write, get_tokenizer, hash_file, lock_folder, run_as_command, say
+from lib.common import EOT, UserError, atomic_write, get_tokenizer, lock_folder, run_as_command, say
 from lib.hub import FINEWEB_EDU
 from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manifest, removed_if_empty, write_manifest
-from lib.shards import check_shard_set, open_shard, read_manifest
+from lib.shards import check_shard_set, hash_file, open_shard, read_manifest
 from lib.sources import documents_of, find_source
 
 # -----------------------------------------------------------------------------

@@ -5,7 +5,6 @@ What the scripts share: errors for the user, a console that may go away, files n
 import atexit
 import contextlib
 import functools
-import hashlib
 import os
 import re
 import signal
@@ -57,18 +56,28 @@ def run_as_command(run, *args):
     """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
 
     A run that a signal ended exits with 128 + the signal's number, but with 0 under torchrun, which would restart it,
-    unless one machine's torchrun was killed. A rank exits at once: threads of gloo that are alive still would abort it.
+    unless one machine's torchrun was killed.
     """
+    is_rank, result, code = "TORCHELASTIC_RUN_ID" in os.environ, None, 0
     try:
         result = run(*args)
-    except UserError as error:
-        sys.exit(report(error))
-    number, is_rank = result.get("signal") if isinstance(result, dict) else None, "TORCHELASTIC_RUN_ID" in os.environ
-    code = 128 + number if number and (not is_rank or number == signal.SIGKILL) else 0
+    except Exception as error:
+        if not is_rank and not isinstance(error, UserError):
+            raise
+        code = report(error)
+    if isinstance(result, dict) and "signal" in result and (not is_rank or result["signal"] == signal.SIGKILL):
+        code = 128 + result["signal"]
     if is_rank:
-        atexit._run_exitfuncs()
-        os._exit(code)
+        exit_at_once(code)
     return sys.exit(code) if code else result
+
+
+def exit_at_once(code):
+    """End a rank without Python's own end, in which a thread of gloo that lives on can abort the process."""
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is gone, closed, or None
+        sys.stdout.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -120,15 +129,6 @@ def lock_folder(folder, purpose=""):
         except OSError as error:
             raise UserError(f"cannot write {folder}/: {error}. Mend that, or choose another folder") from None
         yield before
-
-
-def hash_file(path, digest=None):
-    """The hash of a file in hexadecimal, sha256 unless told, read in pieces: shards and downloads are large."""
-    digest = digest or hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @functools.cache

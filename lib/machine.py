@@ -28,8 +28,8 @@ PEAK_TFLOPS = {
 def distributed(device, timeout):
     """Be in torchrun's process group, if there is one, for the time of the run: (rank, local_rank, world_size, device).
 
-    Ranks that wait for a dead or hung one give up after `timeout` seconds; between joining and the first step after
-    half an hour, since building data and compiling take their time.
+    Ranks that wait for a dead or hung one give up after `timeout` seconds; between joining and the first step and at
+    the end after half an hour, since building data, compiling and closing a tracker take their time.
     """
     rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device == "auto":  # gloo, which connects ranks without CUDA, cannot sum on an Apple GPU
@@ -42,13 +42,15 @@ def distributed(device, timeout):
         torch.cuda.set_device(device)
     if world_size:
         on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        limit = timedelta(seconds=timeout)
-        store = store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], rank, world_size, timeout)
+        joining = max(60, timeout)  # importing torch takes one rank longer than another
+        limit = timedelta(seconds=joining)
+        store = store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], rank, world_size, joining)
         dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **on_device)
-        set_timeout(max(1800, timeout))
+        set_timeout(patience := max(1800, timeout))
     yield rank, local_rank, max(world_size, 1), device
     # only after a clean end: destroying waits for what the others wait for, half an hour where one of them has failed
     if world_size:
+        set_timeout(patience)
         wait_for_all()  # a rank that leaves early takes its connections from the others
         dist.destroy_process_group()
 

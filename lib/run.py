@@ -14,7 +14,7 @@ from lib.folder import RunFolder, git_commit
 from lib.knobs import compare_runs
 from lib.log import METRICS, Stopwatch, rates
 from lib.restore import restore, tensors_of
-from lib.signals import StopRun, short_shutdown, stop_signals
+from lib.signals import StopRun, handlers_restored, short_shutdown, stop_on_signals
 
 
 class Run:
@@ -31,10 +31,11 @@ class Run:
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
+        self.stack.enter_context(handlers_restored())  # last: torchrun may signal a rank that waits for the others
         ranks = machine.distributed(self.requested_device, self.collective_timeout)
         self.rank, self.local_rank, self.world_size, self.device = self.stack.enter_context(ranks)
         self.device_name, self.peak_tflops = machine.name_and_peak(self.device)
-        self.check_stop = self.stack.enter_context(stop_signals(self.device))
+        self.check_stop = stop_on_signals(self.device)
         # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
         self.restarted = machine.sum_over_ranks(restarts).item() > 0
@@ -134,8 +135,7 @@ class Run:
 
     def diverged(self):
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""
-        first = self.step - self.nonfinite
-        before = checkpoints.set_aside(self.folder.path, first) if self.rank == 0 else None
+        before = checkpoints.set_aside(self.folder.path, self.step - self.nonfinite) if self.rank == 0 else None
         raise UserError(
             f"not finite in {self.nonfinite} steps in a row up to step {self.step - 1}: try a lower max_lr or --dtype "
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"

@@ -8,8 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
-from lib.common import UserError, atomic_write, hash_file, say
-from lib.shards import SHARD_NAME, open_shard, read_manifest
+from lib.common import UserError, atomic_write, say
+from lib.shards import SHARD_NAME, hash_file, open_shard, read_manifest
 
 DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone, since it is deleted whole
 # Tokens per byte of a file of English, a little above the truth (FineWeb-Edu: 0.35 as .parquet, 0.21 as .jsonl)

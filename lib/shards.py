@@ -2,6 +2,7 @@
 Token shards as they are read: their names, their format, and the manifest beside them.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -108,6 +109,15 @@ def open_shard(path):
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
     return tokens
+
+
+def hash_file(path, digest=None):
+    """The hash of a file in hexadecimal, sha256 unless told, read in pieces: shards and downloads are large."""
+    digest = digest or hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def build_missing(source, data_dir):

@@ -12,6 +12,7 @@ import torch
 from lib.machine import sum_over_ranks
 
 DISK_SPEED = 5e8  # bytes/s, of a slow one
+NUMBERS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRun(Exception):
@@ -35,32 +36,37 @@ def short_shutdown(step_seconds, checkpoint_bytes):
 
 
 @contextlib.contextmanager
-def stop_signals(device):
-    """Yield check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM, SIGINT or SIGHUP.
+def handlers_restored():
+    """The handlers of the signals that stop a run are afterwards what they were before."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    A second signal ends the process at once; one within a second is still the first, since schedulers signal torchrun
-    and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so. Workers whose torchrun was
-    killed stop as if signalled, and so do those of other machines, by SIGKILL.
+
+def stop_on_signals(device):
+    """Return check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM, SIGINT or SIGHUP.
+
+    A second signal ends the process at once; one within a second is still the first, under torchrun within ten, since
+    schedulers signal torchrun and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so.
+    Workers whose torchrun was killed stop as if signalled, and so do those of other machines, by SIGKILL.
     """
-    caught, parent = [], os.getppid()
+    caught, parent, is_rank = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number, frame):
-        if caught and time.monotonic() - caught[0][0] > 1:
+        if caught and time.monotonic() - caught[0][0] > (10 if is_rank else 1):
             os._exit(128 + number)
         caught.append((time.monotonic(), number))
 
     def check_stop():
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+        orphaned = is_rank and os.getppid() != parent
         signalled, orphans = sum_over_ranks(torch.tensor([bool(caught), orphaned], dtype=int, device=device)).tolist()
         if signalled or orphans:
             raise StopRun(signal.SIGKILL if orphans else caught[0][1] if caught else signal.SIGTERM)
 
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield check_stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in NUMBERS:
+        if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    return check_stop

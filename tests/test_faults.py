@@ -45,7 +45,8 @@ import hellaswag
 import train_gpt2
 from lib import dataset, knobs
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, write_checkpoint
-from lib.common import UserError, hash_file, run_as_command
+from lib.common import UserError, run_as_command
+from lib.shards import hash_file
 from train_gpt2 import TrainConfig, main, parse_args
 
 SMALL = dict(n_layer=1, total_batch_size=128, micro_batch_size=4, max_steps=12, checkpoint_every=4, val_every=4,
@@ -79,7 +80,7 @@ def disk(folder, size, *options):
     """A real file system of `size` bytes at folder; options: others of mount."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("it takes the right to mount a file system")
     try:
         yield
@@ -176,7 +177,7 @@ def test_a_dead_reader_ends_no_run(small, log_dir, undisturbed):
     process = start(small())
     read_until(process, r"step +0/")
     process.stdout.close()  # as head -5 does, or a tee that was killed
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert_same_run(undisturbed, log_dir, 12)
 
 
@@ -186,11 +187,11 @@ def test_a_dead_reader_ends_no_rank_and_a_signal_no_torchrun(small, log_dir):
     read_until(process, r"step +2/")
     process.stdout.close()
     workers, seen = ranks_of(process), len(read_log(log_dir))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(read_log(log_dir)) < seen + 200 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(workers[1], signal.SIGTERM)
-    assert process.wait(timeout=60) == 0  # so that torchrun does not restart them
+    assert process.wait(timeout=120) == 0  # so that torchrun does not restart them
     step = int(read_log(log_dir).splitlines()[-1].split()[0]) + 1
     assert load_checkpoint(log_dir / f"model_{step:05d}.pt")["step"] == step
 
@@ -205,13 +206,13 @@ def test_a_full_console_without_utf8_and_a_hangup_under_nohup_end_no_run(small, 
             stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
         )  # fmt: skip
     log = tmp_path / "é" / "log.txt"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     for number in (signal.SIGHUP, signal.SIGINT):  # the first one is ignored
         seen = log.stat().st_size if log.exists() else 0
         while not (log.exists() and log.stat().st_size > seen + 200) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT and err == b""
     assert newest_whole_checkpoint(log.parent)
 
@@ -704,7 +705,7 @@ def test_a_run_resumes_with_another_dtype(dtypes, small, log_dir, capsys):
 
 def test_a_rank_that_raises_ends_the_job_with_its_message(small):
     """At once, that is, and not after the ten minutes that the other rank would wait for it."""
-    result = run(PROBES / "raises_on_rank_1.py", *flags_of(small(micro_batch_size=2)), ranks=2, timeout=60)
+    result = run(PROBES / "raises_on_rank_1.py", *flags_of(small(micro_batch_size=2)), ranks=2)
     assert result.returncode == 1 and "[rank 1] error: rank 1 says why" in result.stdout, result.stdout
 
 
@@ -712,6 +713,12 @@ def test_ranks_exit_well_though_a_thread_of_torch_is_at_work(small):
     """As one of gloo's can be. With Python's own way out, "terminate called without an active exception" ends it."""
     result = run(PROBES / "busy_at_exit.py", *flags_of(small(micro_batch_size=2)), ranks=2, timeout=100)
     assert result.returncode == 0 and "terminate called" not in result.stdout, result.stdout
+
+
+def test_ranks_wait_for_one_that_ends_late_whatever_signals_come(small):
+    flags = flags_of(small(micro_batch_size=2, collective_timeout=2))
+    result = run(PROBES / "late_end.py", *flags, ranks=2)
+    assert result.returncode == 0, result.stdout
 
 
 def free_port():
@@ -726,6 +733,6 @@ def test_restarts_do_not_walk_around_a_run_of_another_launch(small, log_dir):
     (log_dir / "lock").write_text("process 1 on host, torchrun none")  # the id of all launches with --master_port
     command = command_of("train_gpt2.py", *flags_of(small(max_steps=20)), ranks=1, restarts=1)
     command[command.index("--standalone")] = f"--master_port={free_port()}"
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
     assert result.returncode == 1 and result.stderr.count("holds a run") == 2, result.stderr
     assert read_log(log_dir) == before and not (log_dir / "model_00020.pt").exists()

@@ -1,0 +1,28 @@
+"""Train; at the end rank 0 takes longer than collective_timeout, and rank 1 is signalled while it waits for that."""
+
+import os
+import signal
+import time
+
+import train_gpt2
+from lib import machine
+from lib.folder import RunFolder
+
+close, wait_for_all, closed = RunFolder.close, machine.wait_for_all, []
+
+
+def close_late(self):
+    close(self)
+    closed.append(self)
+    if os.environ["RANK"] == "0":
+        time.sleep(6)
+
+
+def signalled():
+    if closed and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    wait_for_all()
+
+
+RunFolder.close, machine.wait_for_all = close_late, signalled
+train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())
