@@ -65,15 +65,22 @@ def write_items(path, count):
 
 
 def command_of(script, *args, ranks=0, restarts=0):
-    """The command line of a script, under torchrun where ranks are given."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} --max-restarts={restarts}".split()
-    return [sys.executable, *(torchrun if ranks else []), str(ROOT / script), *map(str, args)]
+    """The command line of a script, under torchrun where ranks are given; a machine's own name need not resolve."""
+    torchrun = f"--standalone --local-addr=127.0.0.1 --nproc_per_node={ranks} --max-restarts={restarts}".split()
+    return [
+        sys.executable,
+        *(["-m", "torch.distributed.run", *torchrun] if ranks else []),
+        str(ROOT / script),
+        *map(str, args),
+    ]
 
 
 def environment(**extra):
     """One thread a rank: two processes whose OpenMP threads spin on two cores run many times slower. torchrun waits 5 s
     for ranks that do not stop instead of 30."""
     settings = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "PYTHONPATH": str(ROOT)}
+    if sys.platform == "linux":
+        settings["GLOO_SOCKET_IFNAME"] = "lo"
     return {**os.environ, **settings, **extra}
 
 
@@ -170,10 +177,12 @@ def assert_same_run(a, b, step):
         assert_same(a[name], b[name], name)
 
 
-def start(config, ranks=0, restarts=0, script="train_gpt2.py"):
+def start(config, ranks=0, restarts=0, script="train_gpt2.py", **env):
     """A run in the background, its output in a pipe."""
     command = command_of(script, *flags_of(config), ranks=ranks, restarts=restarts)
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def read_until(process, pattern):
@@ -191,6 +200,6 @@ def ranks_of(process):
     return [child.pid for child in psutil.Process(process.pid).children()]
 
 
-def finish(process, timeout=60):
+def finish(process, timeout=150):
     output, _ = process.communicate(timeout=timeout)
     return output

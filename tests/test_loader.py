@@ -156,7 +156,7 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path, kind, message):
     write_shards(tmp_path, [100, 300])
     path = tmp_path / "tiny_train_000002.npy"
     path.symlink_to("nowhere") if kind == "dead link" else path.mkdir()
-    with pytest.raises(UserError, match=rf"cannot read .*{path.name}: {message}.*build it again"):
+    with pytest.raises(UserError, match=rf"{path.name}.*{message}.*build it again"):
         DataLoaderLite(4, 16, 0, 1, "train", data_root=tmp_path)
 
 

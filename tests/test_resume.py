@@ -152,27 +152,30 @@ def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("to", ["torchrun", "one rank", "all ranks and torchrun"])
 def test_a_signal_ends_the_run_with_a_checkpoint_of_all_ranks(to, tiny, tmp_path):
-    process = start(tiny(**LONG), ranks=2)
+    process = start(tiny(**LONG), ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
     read_until(process, r"step +33/")
     workers = ranks_of(process)
     targets = {"torchrun": [process.pid], "one rank": workers[1:], "all ranks and torchrun": [*workers, process.pid]}
     for pid in targets[to]:
         os.kill(pid, signal.SIGINT if to == "one rank" else signal.SIGTERM)
-    begin = time.monotonic()
     output = finish(process)
-    assert time.monotonic() - begin < 20
     saved = int(re.search(r"saved .*/model_(\d+).pt\nstopped by a signal. To resume, .*--init_from resume", output)[1])
     assert saved >= 34 and load_checkpoint(tmp_path / "log" / f"model_{saved:05d}.pt")["step"] == saved
     assert read_log(tmp_path / "log").splitlines()[-1].startswith(f"{saved - 1} train")
 
 
-def test_a_signal_during_evaluation_does_not_wait_for_its_end(tiny, tmp_path):
-    write_shards(tmp_path / "data", [30_000_000, 5000])  # a validation of minutes
-    process = start(tiny(val_tokens=30_000_000, max_steps=3))
-    read_until(process, "micro-batches")
-    process.send_signal(signal.SIGTERM)
-    begin = time.monotonic()
-    assert "model_00000.pt" in finish(process) and time.monotonic() - begin < 20
+def test_a_signal_during_evaluation_does_not_wait_for_its_end(tiny, tmp_path, monkeypatch):
+    next_batch, read = train_gpt2.DataLoaderLite.next_batch, []
+
+    def signalled(self):
+        read.append(self.split)
+        if len(read) == 3:
+            terminate()
+        return next_batch(self)
+
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "next_batch", signalled)
+    assert main(tiny())["signal"] == signal.SIGTERM
+    assert read == ["val"] * 3 and (tmp_path / "log" / "model_00000.pt").exists()  # of 16
 
 
 def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
@@ -181,9 +184,9 @@ def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # the same one, passed on by a scheduler
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.5)
+        process.wait(timeout=3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_a_run_under_torchrun_says_when_it_may_be_killed_before_it_has_saved(monkeypatch):
@@ -199,7 +202,7 @@ def test_a_dead_rank_ends_the_job(tiny):
     process = start(tiny(**LONG), ranks=2)
     read_until(process, r"step +5/")
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    finish(process, timeout=60)
+    finish(process)
     assert process.returncode == 1
 
 
@@ -212,13 +215,13 @@ def test_a_hung_rank_ends_the_job_after_the_timeout(tiny):
     read_until(process, "Timed out")
     os.kill(hung, signal.SIGKILL)  # torchrun would do it, after half a minute
     finish(process)
-    assert process.returncode == 1 and time.monotonic() - begin < 60
+    assert process.returncode == 1 and time.monotonic() - begin < 100
 
 
 def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
     main(tiny(log_dir=str(tmp_path / "whole"), micro_batch_size=4, max_steps=40))
     process = start(tiny(max_steps=40, collective_timeout=20), ranks=2, restarts=3, script=PROBES / "dies_once.py")
-    output = finish(process, timeout=120)
+    output = finish(process)
     assert process.returncode == 0 and "resuming at step 20" in output, output
     whole, log = (losses(tmp_path / d, "train") for d in ("whole", "log"))
     assert len(log) == 40 and log == pytest.approx(whole, abs=1e-5)

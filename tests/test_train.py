@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +64,13 @@ def test_two_ranks_equal_one(tiny, tmp_path):
         one, two = (losses(tmp_path / d, kind) for d in ("one", "two"))
         assert len(one) == count and two == pytest.approx(one, abs=tolerance)
     a, b = (load(tmp_path / d / "model_00020.pt")["model"] for d in ("one", "two"))
-    assert all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
+    for key in a:
+        difference = (a[key] - b[key]).abs()
+        if key.endswith(
+            "c_attn.bias"
+        ):  # softmax does not see the keys': their gradients are rounding, made large by Adam
+            difference[32:64] = 0
+        assert difference.max() < 1e-4, key
     assert "Warning" not in result.stdout and "destroy_process_group" not in result.stdout
 
 
@@ -196,7 +204,11 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"step +0 \| sample", out)) == 3 == len(re.findall(r"step +3 \| sample", out))
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.skipif(
+    not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers on CPU",
+)
+@pytest.mark.timeout(600)
 def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     write_shards(tmp_path / "data", [1500, 5000])
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
@@ -205,7 +217,7 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     env = {"TORCH_LOGS": "recompiles", "HELLASWAG_FOLDER": str(tmp_path)}
     for name, compile in (("plain", "--no-compile"), ("compiled", "--compile")):
         flags = flags_of(TrainConfig(**settings, log_dir=str(tmp_path / name)))
-        result = run(PROBES / "hellaswag_at.py", *flags, compile, env=env)
+        result = run(PROBES / "hellaswag_at.py", *flags, compile, env=env, timeout=280)
         assert result.returncode == 0, result.stdout
     before, after = re.split(r"step +0/5 ", result.stdout)
     assert "compile on" in before and "Recompiling" not in after

@@ -47,6 +47,7 @@ def test_ranks_that_start_again_share_nothing_with_the_dead():
 
 
 @pytest.mark.skipif(not allowed(), reason="takes network namespaces: Linux, root and iproute2")
+@pytest.mark.timeout(500)
 def test_a_worker_killed_on_two_hosts_is_replaced_and_the_losses_are_those_of_one_process():
-    codes, _, wrong = run_case(*CASES["worker 0"], limit=120)
+    codes, _, wrong = run_case(*CASES["worker 0"], limit=300)
     assert codes == [0, 0] and wrong == 0

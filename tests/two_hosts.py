@@ -45,13 +45,12 @@ def ip(*args):
 
 
 def allowed():
-    """Whether this process may make network namespaces."""
+    """Whether this process may make two hosts."""
     try:
-        ip("netns", "add", f"try{os.getpid()}")
-        ip("netns", "del", f"try{os.getpid()}")
+        with TwoHosts(".", None):
+            return True
     except (OSError, subprocess.CalledProcessError):
         return False
-    return True
 
 
 class TwoHosts:
@@ -95,7 +94,8 @@ class TwoHosts:
     def start(self, i, restarts=0, again=False, retries=15):
         """Start host i's agent; `again`: over and over, until it ends well. retries: how often the host's TCP sends
         again before it gives a connection up; Linux's 15 take a quarter of an hour, 8 take 100 s."""
-        ip("netns", "exec", self.names[i], "sysctl", "-w", f"net.ipv4.tcp_retries2={retries}")
+        if retries != 15:
+            ip("netns", "exec", self.names[i], "sysctl", "-w", f"net.ipv4.tcp_retries2={retries}")
         # a host's name does not resolve to its address here, so each is told its address and whether it has the store
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=run",

@@ -15,4 +15,4 @@ def get_lr(step, config):
 
 
 train_gpt2.get_lr = get_lr
-train_gpt2.main(train_gpt2.parse_args())
+train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())

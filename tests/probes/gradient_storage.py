@@ -43,4 +43,4 @@ def measured(model, *args):
 
 train_gpt2.DistributedDataParallel = Probe
 train_gpt2.train_step = measured
-train_gpt2.main(train_gpt2.parse_args())
+train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())
