@@ -54,7 +54,7 @@ def compare(loss, tokens, config, shards):
     size, as text; "" where there is none. Between two of its records lies a straight line over log(tokens)."""
     for run in published(size_of(config)) if dataset_of(shards) == "fineweb-edu" else []:
         for (before, higher), (after, lower) in pairwise(run.val):
-            if 0 < before <= tokens <= after:
+            if 0 < before <= tokens <= 1.0001 * after:  # its last record is of the step before the last
                 share = math.log(tokens / before) / math.log(after / before)
                 difference = loss - (higher + share * (lower - higher))
                 word = "worse" if difference > 0 else "better"

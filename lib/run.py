@@ -77,7 +77,7 @@ class Run:
             restore(checkpoint, stateful)
             self.say(f"resuming at step {self.step}{changes}")
         elif self.resume:
-            self.say(f"no checkpoint in {self.folder.path}/ yet: starting at step 0")
+            self.say(f"no checkpoint in {self.folder.path}/ yet: starting at step 0, from scratch")
         if self.rank == 0:
             self.folder.begin(self.step, settings["train_config"])
 

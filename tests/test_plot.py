@@ -136,6 +136,7 @@ def test_a_validation_loss_is_compared_at_the_same_number_of_tokens():
     text = compare(6.0, 131072000, gpt2, EDU)
     assert text == " | 0.2907 better than GPT2-From-Scratch 124M after as many tokens"
     assert " | 0.0100 worse than" in compare(3.2738, 9999220736, gpt2, EDU)
+    assert "than" in compare(3.2738, 19_073 * 2**19, gpt2, EDU)  # the last one of a run, a step beyond its records
     between = compare(5.0, 2**18 * 700, gpt2, EDU)  # of another batch size
     assert 0.5 < float(between.split()[1]) < 1.3 and "better" in between
     assert compare(3.0, 2**30, GPTConfig(n_layer=24, n_embd=1024), EDU) == ""
