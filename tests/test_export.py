@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import ROOT, losses, run, write_shards
 
 import train_gpt2
-from lib.checkpoint import write_checkpoint
+from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.common import UserError, get_tokenizer
 from lib.hugging_face import read_folder
 from tools.export_hf import export
@@ -33,7 +33,7 @@ def model():
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("log")
-    manifest = {"source": "HuggingFaceFW/fineweb-edu", "revision": "87f0914", "complete": True, "tokens": 0}
+    manifest = {"source": "HuggingFaceFW/fineweb-edu", "revision": "87f0914", "asked_revision": "main"}
     write_shards(folder / "data", [1500, 5000])
     train_config = asdict(TrainConfig(data_dir=str(folder / "data"), total_batch_size=1000))
     contents = {"model": model.state_dict(), "optimizer": {}, "config": asdict(model.config), "step": 12}
@@ -120,6 +120,14 @@ def test_a_run_starts_from_the_folder(folder, tmp_path):
     # the 47 rows that pad the vocabulary take part in the loss: 0.1% of it all
     export, checkpoint = (losses(tmp_path / name, "val")[0] for name in ("export", "checkpoint"))
     assert export == pytest.approx(checkpoint, abs=0.01)
+
+
+def test_the_model_card_names_no_dataset_of_the_hub_for_local_text(checkpoint, monkeypatch):
+    from tools import export_hf
+
+    monkeypatch.setattr(export_hf, "read_manifest", lambda folder: {"source": "/home/me/my_texts", "revision": "0ff"})
+    card = export_hf.model_card(load_checkpoint(checkpoint), checkpoint, 1e6)
+    assert "datasets:" not in card and "| data | /home/me/my_texts |" in card
 
 
 def test_the_model_card_says_what_is_known(folder):

@@ -73,7 +73,7 @@ def model_card(checkpoint, path, parameters):
     folder = Path(train.get("data_dir", "unknown"))
     manifest = (read_manifest(folder) if folder.is_dir() else None) or {}
     data = [manifest.get("source") or train.get("data_source") or str(folder)]
-    if manifest.get("revision"):  # on the hub
+    if manifest.get("asked_revision"):  # which only a data set of the hub has
         datasets = f"\ndatasets: [{data[0]}]"
         data.append(f"at revision {manifest['revision']}")
     begin, tokens = train.get("init_from", "resume"), step * train.get("total_batch_size", 0)
