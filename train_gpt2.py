@@ -82,7 +82,7 @@ class TrainConfig:
     activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
     max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to the first step
-    plan: bool = False  # print what the run takes (parameters, memory, disk, hours) and exit
+    plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours) and exit
     plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
 
 
@@ -246,11 +246,12 @@ class GPT(nn.Module):
             raise UserError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
         return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), cls, GPTConfig)
 
-    def flops_per_token(self):
-        """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention."""
+    def flops_per_token(self, T=None):
+        """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention. T: the
+        length of the sequences, block_size unless told."""
         c = self.config
         weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
-        return 6 * weights + 6 * c.n_layer * c.n_embd * c.block_size
+        return 6 * weights + 6 * c.n_layer * c.n_embd * (T or c.block_size)
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type):
         """AdamW with the GPT-3 paper's betas; weight decay on matrices and embeddings, none on biases and norms."""
@@ -381,7 +382,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     Only the top_k likeliest count (0: all), and of those the fewest whose probabilities add up to top_p. A temperature
     below 1 favors the likelier ones; 0 always takes the likeliest.
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # dividing by less could overflow
         temperature, top_k = 1.0, 1
     V = logits.size(1)
     values, candidates = logits.topk(min(top_k or V, V))  # the likeliest first
@@ -506,12 +507,12 @@ def train(config, run):
     B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
     grad_accum_steps = share // B
     run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
-    train_loader = DataLoaderLite(B, T, run.rank, run.world_size, "train", data, config.vocab_size, config.seed)
+    train_loader = DataLoaderLite(B, T, run.rank, run.world_size, "train", data, model.config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
-    val_loader = DataLoaderLite(B, T, run.rank, run.world_size, "val", data, config.vocab_size)
+    val_loader = DataLoaderLite(B, T, run.rank, run.world_size, "val", data, model.config.vocab_size)
     val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
-    for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token()):
+    for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token(T)):
         # once in a while: the loss on tokens that are never trained on
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():

@@ -47,7 +47,7 @@ def headline(c, model, run, dtype, compiled):
     """What a run says at its start: the model, the machine, and the plan in a line, with a warning where no CPU would
     come to its end."""
     tokens, n = c.max_steps * c.total_batch_size, sum(p.numel() for p in model.parameters())
-    flops = tokens * model.flops_per_token()
+    flops = tokens * model.flops_per_token(c.sequence_length)
     lines = [
         f"GPT-2, {n:,} parameters, on {run.world_size} x {run.device_name}, {dtype}, "
         f"compile {'on' if compiled else 'off'}, torch {torch.__version__}",
@@ -57,7 +57,7 @@ def headline(c, model, run, dtype, compiled):
     if run.peak_tflops:
         lines.append(f"MFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)")
     if run.device.type == "cpu" and flops > 1e17:  # a day or more
-        lines.append("warning: torch sees no GPU, see nvidia-smi; for a CPU, try --preset demo")
+        lines.append("warning: this takes a CPU a day or more; no GPU? see nvidia-smi, or try --preset demo")
     return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def describe(c):
     ]
     for checkpointing in (False, True):
         sizes = [2**i for i in range(8) if c.sequence_length * 2**i <= c.total_batch_size]
-        memory = [(state_bytes(c) + activation_bytes(c, size, checkpointing)) / GIB for size in sizes]
+        memory = [memory_bytes(c, size, checkpointing) / GIB for size in sizes]
         name = "with activation checkpointing" if checkpointing else "in all"
         lines.append(
             f"  {name}, micro-batch of " + ", ".join(f"{s}: {m:.1f}" for s, m in zip(sizes, memory, strict=True))

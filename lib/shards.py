@@ -64,7 +64,7 @@ def find_shards(data_root, splits=SPLITS):
     """The names of the shards of each split in name order, and the sha256 of those that a manifest knows, by name.
     Raises UserError where a split has none."""
     names = {split: [] for split in splits}
-    for name in sorted(os.listdir(data_root)) if Path(data_root).is_dir() else ():
+    for name in sorted(os.listdir(data_root)) if os.path.isdir(data_root) else ():
         if (split := split_of(name)) in names:
             names[split].append(name)
     for split in splits:
@@ -123,8 +123,10 @@ def hash_file(path, digest=None):
 def build_missing(source, data_dir):
     """Have fineweb.py make the shards of a folder that is missing or unfinished."""
     manifest = read_manifest(data_dir)
-    if not (manifest and manifest["complete"]):
+    # fineweb.py writes the manifest before the first shard: shards without one are another program's, and whole
+    foreign = not manifest and os.path.isdir(data_dir) and any(map(split_of, os.listdir(data_dir)))
+    if not (foreign or (manifest and manifest["complete"])):
         command = ["fineweb.py", "--source", source, "--out", data_dir]
-        say(f"{data_dir}/ is missing, building it: python {' '.join(command)}")
+        say(f"{data_dir}/ is {'unfinished' if manifest else 'missing'}, building it: python {' '.join(command)}")
         if subprocess.run([sys.executable, Path(__file__).parent.parent / command[0], *command[1:]]).returncode:
             raise UserError(f"building {data_dir} failed, see above")

@@ -20,6 +20,8 @@ def test_parameters_and_operations_are_those_of_the_model(preset):
         model = GPT(GPTConfig(c.sequence_length, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
     assert sum(plan.count_parameters(c).values()) == sum(p.numel() for p in model.parameters())
     assert plan.flops_per_token(c) == model.flops_per_token()
+    short = c.sequence_length // 2  # the positions do not count
+    assert plan.flops_per_token(config_of(preset, sequence_length=short)) == model.flops_per_token(short)
 
 
 def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):

@@ -126,6 +126,11 @@ def test_the_program_prints_what_generate_gives(checkpoint, capsys):
     assert capsys.readouterr().out == f"{texts[0]}\n---------------\n{texts[1]}\n"
 
 
+def test_a_temperature_next_to_0_takes_the_likeliest():
+    for temperature in (0, 1e-40, 1e-6):
+        assert sample_token(torch.tensor([[1.0, 9.0, 3.0]]), temperature, 50, 1.0, None).item() == 1
+
+
 def test_characters_come_whole_and_the_text_ends_at_its_end(checkpoint, monkeypatch):
     text = "naïve 世界 🙂 𝕊"
     ids = [*get_tokenizer().encode_ordinary(text), get_tokenizer().encode_ordinary("🙂")[0], EOT, 464]

@@ -4,6 +4,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import PROBES, ROOT, TINY, flags_of, load, losses, make_items, read_log, run, write_shards
@@ -104,6 +105,24 @@ def test_init_from_a_checkpoint_starts_with_its_weights(tiny, tmp_path):
     first, before = losses(tmp_path / "tuned", "val")[0], losses(tmp_path / "log", "val")[20]
     assert first == before
     assert load(tmp_path / "tuned" / "model_00001.pt")["config"] == load(checkpoint)["config"]
+
+
+def test_token_ids_are_checked_by_the_model_that_is_trained_on_them(tiny, tmp_path):
+    main(tiny(vocab_size=50257, n_layer=1, max_steps=1, val_every=0))
+    path = tmp_path / "data" / "tiny_train_000003.npy"
+    tokens = np.load(path)
+    tokens[-200:] = 50260  # below the vocab_size of a run by default
+    np.save(path, tokens)
+    start = dict(init_from=str(tmp_path / "log" / "model_00001.pt"), log_dir=str(tmp_path / "tuned"))
+    with pytest.raises(UserError, match=r"token id 50260 at offset \d+, not below vocab_size 50257"):
+        main(tiny(vocab_size=50304, max_steps=30, val_every=0, **start))
+
+
+def test_shards_of_another_program_are_not_built_anew(tiny, tmp_path, capfd):
+    assert main(tiny(data_source="demo", max_steps=1))["step"] == 1
+    assert "building it" not in capfd.readouterr().out
+    with pytest.raises(UserError, match="no .*_train_.* shards in /"):
+        main(tiny(data_dir="", log_dir=str(tmp_path / "other")))  # --data_dir $UNSET
 
 
 def test_bfloat16_and_compile_off_by_default_on_cpu(tiny, tmp_path, capsys):

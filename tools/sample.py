@@ -80,7 +80,6 @@ def run(args):
     torch.set_float32_matmul_precision("high")
     model = load(args.model, args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    temperature = args.temperature if args.temperature > 1e-5 else 0  # what divides by less would overflow
     for prompt in prompts:
         ids, room = get_tokenizer().encode_ordinary(prompt) or [EOT], model.config.block_size
         if len(ids) > room:
@@ -89,7 +88,7 @@ def run(args):
             write("---------------\n" * (number > 0) + prompt)
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
             idx = torch.tensor([ids[-room:]], device=args.device)
-            for token in stream(model, idx, args.max_new_tokens, temperature, args.top_k, args.top_p, generator):
+            for token in stream(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator):
                 if token.item() == EOT:
                     break
                 write(decoder.decode(get_tokenizer().decode_single_token_bytes(token.item())))
