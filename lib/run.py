@@ -27,21 +27,21 @@ class Run:
     def __init__(self, log_dir, device, resume, keep_checkpoints, max_nonfinite, collective_timeout, tracker):
         self.folder, self.resume = RunFolder(log_dir, keep_checkpoints, tracker), resume
         self.requested_device, self.collective_timeout, self.max_nonfinite = device, collective_timeout, max_nonfinite
-        self.step, self.nonfinite, self.metrics, self.clock = 0, 0, {"val_loss": None}, Stopwatch()
-        self.stack = contextlib.ExitStack()
+        self.step, self.nonfinite, self.metrics = 0, 0, {"val_loss": None}
+        self.clock, self.stack = Stopwatch(), contextlib.ExitStack()
 
     def __enter__(self):
-        self.stack.enter_context(handlers_restored())  # last: torchrun may signal a rank that waits for the others
+        self.stack.enter_context(handlers_restored())  # at last: a rank that waits for the others may be signalled
         ranks = machine.distributed(self.requested_device, self.collective_timeout)
         self.rank, self.local_rank, self.world_size, self.device = self.stack.enter_context(ranks)
         self.device_name, self.peak_tflops = machine.name_and_peak(self.device)
-        self.check_stop = stop_on_signals(self.device)
         # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
         self.restarted = machine.sum_over_ranks(restarts).item() > 0
         if not self.resume and not self.restarted:
             self.folder.refuse_other_run()
         self.stack.callback(self.folder.close)
+        self.check_stop = stop_on_signals(self.device)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -49,13 +49,13 @@ class Run:
             if self.world_size > 1:  # at once: leaving in order would wait for the ranks that wait for this one
                 os._exit(report(error))
             return self.stack.__exit__(kind, error, trace)
-        if error:
-            self.save()
-            self.metrics["signal"] = int(error.number)
-            self.folder.check_saved()
-            self.say(f"{error}. To resume, give the same command with --init_from resume")
-        self.metrics["step"] = self.step
-        self.stack.close()
+        with self.stack:
+            if error:
+                self.save()
+                self.metrics["signal"] = int(error.number)
+                self.folder.check_saved()
+                self.say(f"{error}. To resume, give the same command with --init_from resume")
+            self.metrics["step"] = self.step
         return True
 
     def open_folder(self):
@@ -135,7 +135,8 @@ class Run:
 
     def diverged(self):
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""
-        before = checkpoints.set_aside(self.folder.path, self.step - self.nonfinite) if self.rank == 0 else None
+        first = self.step - self.nonfinite
+        before = machine.from_rank_0(checkpoints.set_aside(self.folder.path, first) if self.rank == 0 else None)
         raise UserError(
             f"not finite in {self.nonfinite} steps in a row up to step {self.step - 1}: try a lower max_lr or --dtype "
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"
@@ -146,5 +147,4 @@ class Run:
         self.folder.check_saved()
         self.say(f"done: {self.clock}")
         if self.folder.saved:
-            hint = hint.replace("CHECKPOINT", str(self.folder.saved))
-            self.say(f"All is in {self.folder.path}/\nnext: {hint}")
+            self.say(f"All is in {self.folder.path}/\nnext: {hint.replace('CHECKPOINT', str(self.folder.saved))}")

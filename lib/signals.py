@@ -51,7 +51,8 @@ def stop_on_signals(device):
 
     A second signal ends the process at once; one within a second is still the first, under torchrun within ten, since
     schedulers signal torchrun and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so.
-    Workers whose torchrun was killed stop as if signalled, and so do those of other machines, by SIGKILL.
+    Where a torchrun was killed, the workers of all machines stop, too, with SIGKILL as the signal's number: their exit
+    code, which is not 0 then, tells the other torchruns.
     """
     caught, parent, is_rank = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 

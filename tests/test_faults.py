@@ -721,6 +721,14 @@ def test_ranks_wait_for_one_that_ends_late_whatever_signals_come(small):
     assert result.returncode == 0, result.stdout
 
 
+def test_a_run_that_is_refused_leaves_the_signals_to_its_caller(small):
+    main(small())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match="holds a run") as error:
+        main(small())
+    assert signal.getsignal(signal.SIGINT) is before and error  # while its traceback is alive
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
