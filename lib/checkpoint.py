@@ -32,7 +32,7 @@ class HashingWriter:
         try:
             self.file.write(data)
         except OSError as error:
-            self.error = error  # torch makes an assertion of its own of it
+            self.error = error  # torch raises a RuntimeError that does not say why
             raise
         finally:
             hashed.result()  # torch may free the data after a failure

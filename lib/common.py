@@ -111,7 +111,7 @@ def lock_folder(folder, purpose=""):
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / "lock", "a+b", buffering=0))  # no write waits for the end
+            file = stack.enter_context(open(folder / "lock", "a+b", buffering=0))  # others can read it at once
             file.seek(0)
             before = file.read().decode(errors="replace")
             try:

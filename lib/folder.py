@@ -18,8 +18,9 @@ def git_commit():
     """The commit of this code, None where it is no git checkout."""
     root = Path(__file__).parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", root, "rev-parse", "HEAD"] if (root / ".git").exists() else ["false"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if (root / ".git").exists():
+            command = ["git", "-C", root, "rev-parse", "HEAD"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class RunFolder:

@@ -1,7 +1,7 @@
 """
 The files of a Hugging Face data set, one after the other: listed at one commit, fetched, checked, deleted.
 
-The next file downloads while the caller works on one, so that the disk never holds more than two of them.
+The next file downloads while the caller works on one: the disk holds two of them at most, unless they are kept.
 """
 
 import errno

@@ -12,8 +12,8 @@ from lib.common import UserError
 
 
 def no_random_weights():
-    """Modules made within leave their weights as they come from memory: a second saved for 124M, which a checkpoint's
-    replace, and another, since on the meta device the first random number imports torch's compiler."""
+    """Modules made within have what is in memory as their weights, which a checkpoint's then replace. That saves a
+    second of random numbers for 124M, and another on the meta device, where the first one imports torch's compiler."""
 
     def leave(tensor, *args, **kwargs):
         return tensor

@@ -78,12 +78,7 @@ def draw_plot(path, figures):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure what each optimization buys", allow_abbrev=False)
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=16,
-        help="sequences a step, at most (default: %(default)s)",
-    )
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step, at most (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a row (default: %(default)s)")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="draw the ladder into this PNG")

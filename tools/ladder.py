@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lib.machine import choose_dtype
 from train_gpt2 import GPT, GPTConfig
 
-CUDA_ONLY = ("TF32", "16 bits", "compile")  # bfloat16, or float16 on GPUs that are older than it
+CUDA_ONLY = ("TF32", "16 bits", "compile")  # 16 bits: bfloat16, or float16 on GPUs without it
 LADDER = ("plain float32", *CUDA_ONLY, "flash attention", "padded vocabulary", "fused AdamW", "no logits kept")
 
 
