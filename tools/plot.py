@@ -68,8 +68,9 @@ def curves_of_run(run, color):
         tokens, values = np.array(sorted(records.items()), dtype=float).reshape(-1, 2).T
         tokens *= run.tokens_per_step
         if kind == "train":
-            yield "val", tokens, values, {"color": color, "linewidth": 0.5, "alpha": 0.3}
-            yield "val", tokens, smooth(values), {"color": color, "linewidth": 1, "label": f"{run.name}, training"}
+            yield "val", tokens, values, {"color": color, "linewidth": 0.5, "alpha": 0.25}
+            label = f"{run.name}, training"
+            yield "val", tokens, smooth(values), {"color": color, "linewidth": 1, "alpha": 0.6, "label": label}
         else:
             label = f"{run.name}, validation" if kind == "val" else run.name
             yield kind, tokens, values, {"color": color, "marker": "o", "markersize": 3.5, "label": label}
