@@ -273,18 +273,18 @@ def load_model(name):
     return rebuild(read(name), GPT, GPTConfig)
 
 
-def initial_model(config, checkpoint):
-    """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch, or from other weights."""
+def initial_model(init_from, shape, checkpoint):
+    """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch with the GPTConfig `shape`, or
+    from other weights, which must have room for it."""
     if checkpoint:
         return rebuild(checkpoint, GPT, GPTConfig)
-    T, V = config.sequence_length, config.vocab_size
-    if config.init_from in ("scratch", "resume"):
-        return GPT(GPTConfig(T, V, config.n_layer, config.n_head, config.n_embd))
-    model = load_model(config.init_from)
+    if init_from in ("scratch", "resume"):
+        return GPT(shape)
+    model, T, V = load_model(init_from), shape.block_size, shape.vocab_size
     if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
         raise UserError(
-            f"{config.init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: "
-            f"lower sequence_length from {T} and vocab_size from {V} to those"
+            f"{init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
+            f"sequence_length from {T} and vocab_size from {V} to those"
         )
     return model
 
@@ -482,9 +482,9 @@ def train(config, run):
     # for the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-    model = initial_model(config, checkpoint).to(device)
-    compiled = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
-    ddp = compiled
+    shape = GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
+    model = initial_model(config.init_from, shape, checkpoint).to(device)
+    compiled = ddp = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
     if run.world_size > 1:  # some 20 buckets, summed while the backward runs; torch.compile makes a graph for each
         megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
