@@ -37,6 +37,9 @@ from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manife
 from lib.shards import check_shard_set, hash_file, open_shard, read_manifest
 from lib.sources import documents_of, find_source
 
+# the CPUs that this process may use, which are fewer than there are in a job of a cluster; 12 keep the parent busy
+WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
 # -----------------------------------------------------------------------------
 # Documents to tokens
 
@@ -225,7 +228,7 @@ def build(
 
     Raises UserError for a source that cannot be read and for a folder that holds something else.
     """
-    out, workers = Path(out), workers or os.cpu_count()
+    out, workers = Path(out), workers or WORKERS
     about, open_source = find_source(source, name, split, text_column, revision)
     wanted = {**about, "tokenizer": "gpt2"} | ({"shard_size": shard_size} if shard_size else {})
     manifest = find_manifest(out, wanted, verify)
@@ -253,7 +256,7 @@ def main():
     parser.add_argument("--source", default=FINEWEB_EDU, help="a Hugging Face data set, local files, a folder, or demo")
     parser.add_argument("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, help="tokens a shard (default: a tenth of the source, 100M at most)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes (default: %(default)s)")
     parser.add_argument("--name", help="configuration on the hub (default: sample-10BT for FineWeb and FineWeb-Edu)")
     parser.add_argument("--split", default="train", help="split on the hub (default: %(default)s)")
     parser.add_argument("--text_column", default="text", help="of .parquet and .jsonl (default: %(default)s)")
