@@ -141,7 +141,7 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
 
     todo = chunks(paths(progress["file"]), manifest.get("text_column"), progress["row"])
     for (file, row), tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
-        update_bar(bar, len(tokens) - skip, manifest, manifest["files"][file]["file"])
+        new = len(tokens) - skip
         while skip < len(tokens):
             if filled == len(buffer):
                 add_shard(buffer, {"file": file, "row": row, "skip": skip})
@@ -153,6 +153,7 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
         manifest["documents"] += documents
         manifest["skipped_empty"] += empty
         manifest["tokens"] += len(tokens)
+        update_bar(bar, new, manifest, manifest["files"][file]["file"])
     if not shards:  # all of the text is in the buffer
         tenth = max(1, filled // 10)
         if not may_cut or filled < 2:
