@@ -135,18 +135,18 @@ def load(rank, local_rank, world_size, device, max_length):
 
 
 @torch.no_grad()
-def score(model, batches, device, before_batch=lambda: None):
+def score(model, batches, device, check_stop=lambda: None):
     """The endings' losses in nats, in the order of the batches: (n, 2, 4) float32, sums over tokens and normalized.
 
     Only the positions that predict an ending's token go through the output head, which is most of its work saved. The
-    model scores in eval mode and is left as it was found. before_batch() is called before each.
+    model scores in eval mode and is left as it was found. check_stop() is called before each.
     """
     was_training = model.training
     model.eval()
     weight, scores = model.lm_head.weight.T, [torch.empty(0, 2, 4, device=device)]
     room = torch.empty(512, weight.size(1), device=device)  # for logits; fresh memory costs a CPU more than the softmax
     for _, tokens, mask, lengths, labels in batches:
-        before_batch()
+        check_stop()
         if len(labels) == 0:
             continue
         tokens, predicts = tokens.to(device), mask[:, 1:].bool().to(device)  # position t predicts token t + 1
@@ -163,10 +163,10 @@ def score(model, batches, device, before_batch=lambda: None):
     return torch.cat(scores)
 
 
-def evaluate(model, batches, device, before_batch=lambda: None):
+def evaluate(model, batches, device, check_stop=lambda: None):
     """Return int64 counts (items right by sum, items right normalized, items) over batches of `make_batches`."""
     labels = torch.cat([labels for *_, labels in batches]).long().to(device)
-    right = score(model, batches, device, before_batch).argmin(dim=2) == labels[:, None]
+    right = score(model, batches, device, check_stop).argmin(dim=2) == labels[:, None]
     return torch.tensor([*right.sum(dim=0), len(labels)], device=device)
 
 

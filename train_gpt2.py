@@ -44,7 +44,7 @@ from lib.shuffle import shuffle
 class TrainConfig:
     # where things are
     data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
-    data_source: str = ""  # what fineweb.py builds a missing data_dir from, in half an hour at most; "": nothing
+    data_source: str = ""  # what fineweb.py builds a missing data_dir from; other ranks wait half an hour; "": nothing
     log_dir: str = "log"  # folder for log.txt and checkpoints
     init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint or export
     # model: GPT-2 124M
@@ -86,6 +86,8 @@ class TrainConfig:
     plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
 
 
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
 # learning rates and batch sizes of the GPT-3 paper's models of like size (Brown et al., 2020, table 2.1)
 PRESETS = {
     "gpt2": {},  # 124M
@@ -109,8 +111,6 @@ def parse_args(argv=None):
 
 # -----------------------------------------------------------------------------
 # Model
-
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass
@@ -136,7 +136,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, nh, length, hs): keys and values; those of the tokens before `start` are there
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T].to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)  # flash attention, where the device has it
+        # flash attention, where the device has it; a token that comes after a cache sees all of it
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -168,7 +169,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: keep only what lies between blocks
+        self.activation_checkpointing = False  # fit_micro_batch sets it; True: keep only what lies between blocks
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -195,15 +196,16 @@ class GPT(nn.Module):
                 parameter.normal_(0, 0.02)
 
     def hidden_states(self, idx, cache=None, start=0):
-        """All of the model but its head: token ids (B, T) int64 to (B, T, n_embd).
+        """All of the model but its head, which sampling and HellaSwag need for few positions only: token ids (B, T)
+        int64 to (B, T, n_embd).
 
         cache: for generating, keys and values (n_layer, 2, B, n_head, length, n_embd / n_head); those of idx are added.
         The first `start` tokens are in it already; if start > 0, idx must be the one next token.
         """
-        T = start + idx.size(1)
-        if self.config.block_size < T:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}: shorten it")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:T]  # (B, T, C)
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}: shorten the sequence")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half of its traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -213,7 +215,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x.float())  # CUDA's autocast does it by itself, the CPU's does not
 
     def head(self, x):
-        """Hidden states (..., n_embd) to logits (..., vocab_size): float32 in eval mode, else autocast's type."""
+        """Hidden states (..., n_embd) to logits (..., vocab_size), in eval mode float32: 16 bits tie on HellaSwag."""
         if self.training:
             return self.lm_head(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -228,6 +230,7 @@ class GPT(nn.Module):
         """
         x = self.hidden_states(idx)
         if targets is not None and not return_logits and x.device.type == "cpu":
+            # the same loss, a chunk of the logits at a time: on CPUs they are bound by memory
             return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -281,7 +284,7 @@ def initial_model(init_from, shape, checkpoint):
     if init_from in ("scratch", "resume"):
         return GPT(shape)
     model, T, V = load_model(init_from), shape.block_size, shape.vocab_size
-    if model.config.block_size < T or model.config.vocab_size < min(V, 50257):
+    if model.config.block_size < T or model.config.vocab_size < min(V, 50257):  # OpenAI's weights have no padded ids
         raise UserError(
             f"{init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
             f"sequence_length from {T} and vocab_size from {V} to those"
@@ -315,17 +318,17 @@ class DataLoaderLite:
         self.seek(0)
 
     def seek(self, position):
-        """Continue after `position` sequences, counted over all ranks and epochs; the disk fetches them meanwhile."""
+        """Continue after `position` sequences, counted over all ranks and epochs; the disk fetches the batch."""
         self.position, self.upcoming, self.prepared = position, self.spans(position), None
         self.tokens.will_need(self.upcoming)
 
     def spans(self, position):
         """Where in the stream the batch of a position lies: B pairs of start and end."""
         numbers = np.arange(self.B) + position + self.process_rank * self.B
-        epochs, numbers = np.divmod(numbers, self.num_sequences)
+        epochs, places = np.divmod(numbers, self.num_sequences)
         if self.split == "train":
-            numbers = shuffle(numbers, self.num_sequences, self.seed, epochs)
-        return [(start, start + self.T + 1) for start in (numbers * self.T).tolist()]
+            places = shuffle(places, self.num_sequences, self.seed, epochs)
+        return [(start, start + self.T + 1) for start in (places * self.T).tolist()]
 
     def prepare(self):
         """Make the next batch now, which next_batch will return."""
@@ -357,13 +360,13 @@ def get_lr(step, config):
 
 
 @torch.no_grad()
-def evaluate_loss(model, loader, num_sequences, device, before_batch=lambda: None):
+def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None):
     """The mean loss in nats per token over the loader's first num_sequences, for any B and number of ranks."""
     model.eval()
     loader.reset()
     total = torch.zeros(2, device=device)  # the losses, and of how many sequences
     while loader.position < num_sequences:
-        before_batch()
+        check_stop()
         mine = min(loader.B, num_sequences - loader.position - loader.process_rank * loader.B)  # how many count
         x, y = loader.next_batch()
         if mine > 0:
@@ -402,7 +405,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
     for _ in range(max_new_tokens):
         idx = idx[:, -c.block_size :]
         hidden = model.hidden_states(idx[:, start:], cache, start)
-        logits = model.head(hidden[:, -1])[:, :50257].nan_to_num()  # padded ids are no tokens; NaN: a run that diverged
+        logits = model.head(hidden[:, -1])[:, :50257].nan_to_num()  # not the padding; a diverged run samples, too
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
         start = 0 if idx.size(1) == c.block_size else idx.size(1)  # full: the window slides, every position changes
@@ -439,7 +442,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = machine.to_device(loader.next_batch(), device)
-        # DDP reads this in its forward: the ranks sum their gradients once a step, during the last backward
+        # DDP reads this in its forward: the ranks average their gradients once a step, during the last backward
         model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast():  # the gradients of all micro-batches add up to that of the mean over the batch
             micro_loss = model(x, y, return_logits=False)[1] / grad_accum_steps
@@ -451,13 +454,13 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # a NaN would stay in AdamW's moments for good: no such update. float16's gradients overflow now and then by design:
-    # its scaler skips those updates itself, and lowers its scale, which is 1 for other types. All ranks decide alike
+    # a NaN would stay in AdamW's moments for good: skip it. float16's gradients overflow now and then by design: its
+    # scaler skips those itself and lowers its scale, which is 1 for other types. loss and norm are equal on all ranks
     finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
     if finite or scaler.is_enabled():
         scaler.step(optimizer)  # the weights change here: optimizer.step(), if the gradients did not overflow
         scaler.update()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's buckets stay
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's lie in its buckets
     return loss, norm, finite
 
 
@@ -485,7 +488,7 @@ def train(config, run):
     shape = GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     model = initial_model(config.init_from, shape, checkpoint).to(device)
     compiled = ddp = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
-    if run.world_size > 1:  # some 20 buckets, summed while the backward runs; torch.compile makes a graph for each
+    if run.world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
         megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
@@ -496,7 +499,7 @@ def train(config, run):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
     run.say(plan.headline(config, model, run, dtype, compiled is not model))
 
-    # where the run begins: at step 0, or with the weights, moments and step of the checkpoint
+    # what every checkpoint holds, these states and settings; a run that resumes takes the states of its own back
     settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
     run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
     del checkpoint  # its memory
@@ -513,18 +516,18 @@ def train(config, run):
     val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
     for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token(T)):
-        # once in a while: the loss on tokens that are never trained on
+        # once in a while, which is every so many steps and at the last: the loss on tokens that are never trained on
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
-            beside = reference.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
-            run.record("val", val_loss, beside)
+            comparison = reference.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
+            run.record("val", val_loss, comparison)
 
         # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
             with run.clock.timing("HellaSwag"), autocast():
-                _, right, items = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
-            run.record("hella", (right / items).item())
+                _, by_norm, items = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
+            run.record("hella", (by_norm / items).item())
 
         # once in a while: read what it writes
         if run.rank == 0 and run.due(config.sample_every):

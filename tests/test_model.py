@@ -151,7 +151,7 @@ def test_eval_logits_are_float32_under_autocast():
 
 
 def test_a_sequence_longer_than_block_size_is_refused():
-    with pytest.raises(ValueError, match="65 tokens is longer than block_size 64"):
+    with pytest.raises(ValueError, match="65 tokens are more than block_size 64"):
         small_model()(torch.zeros(1, 65, dtype=torch.long))
 
 
