@@ -5,6 +5,7 @@ Signals that end a run between two steps, on all ranks together.
 import contextlib
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -12,7 +13,12 @@ import torch
 from lib.machine import sum_over_ranks
 
 DISK_SPEED = 5e8  # bytes/s, of a slow one
-NUMBERS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+def numbers():
+    """The signals that stop a run: none where it is in a thread, to which Python brings no signals."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class StopRun(Exception):
@@ -38,7 +44,7 @@ def short_shutdown(step_seconds, checkpoint_bytes):
 @contextlib.contextmanager
 def handlers_restored():
     """The handlers of the signals that stop a run are afterwards what they were before."""
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    before = {number: signal.getsignal(number) for number in numbers()}
     try:
         yield
     finally:
@@ -67,7 +73,7 @@ def stop_on_signals(device):
         if signalled or orphans:
             raise StopRun(signal.SIGKILL if orphans else caught[0][1] if caught else signal.SIGTERM)
 
-    for number in NUMBERS:
+    for number in numbers():
         if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, on_signal)
     return check_stop
