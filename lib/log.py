@@ -129,7 +129,8 @@ def read_log(path):
         step, value = int(step), float(value)
         if step < last:
             say(f"warning: {path} goes back from step {last} to {step}: the later records are taken")
-            records = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}
+            kept = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}
+            records = {kind: old for kind, old in kept.items() if old}
         records.setdefault(kind, {})[step], last = value, step
     if strange:
         say(f"warning: {path} has {strange} lines that are no records: skipped")

@@ -59,6 +59,12 @@ def test_two_runs_with_different_batches_lie_over_their_own_tokens(tiny, tmp_pat
     assert ends == {"log, validation": 1024, "large, validation": 2048}
 
 
+def test_a_folder_is_named_in_the_picture_whatever_its_name(tmp_path):
+    write_log(tmp_path / r"_r $\foo$", "5 train 9.9\n0 val 10.8\n0 train 10.9\n1 train 9.9\n")
+    plot.main([str(tmp_path / r"_r $\foo$"), "--tokens_per_step", "512", "--out", str(tmp_path / "out.svg")])
+    assert "<!-- \xa0_r $\\foo$, training -->".replace("\xa0", " ") in (tmp_path / "out.svg").read_text()
+
+
 def test_published_runs_stand_beside_runs_of_their_size_and_data(tmp_path, curves):
     log = write_log(tmp_path / "a", "0 val 10.9\n0 hella 0.25\n250 val 6.0\n250 hella 0.25\n")
     flags = [str(log), "--tokens_per_step", "524288", "--size", "124M", "--out", str(tmp_path / "a.png")]

@@ -43,7 +43,8 @@ def read_run(name, tokens_per_step, size, dataset):
     """The run of a log.txt or log_dir; what is None of it comes from a checkpoint."""
     path = Path(name) / "log.txt" if Path(name).is_dir() else Path(name)
     run = SimpleNamespace(path=path.resolve(), records=read_log(path))
-    run.name = run.path.parent.name if path.name == "log.txt" else path.name
+    name = run.path.parent.name if path.name == "log.txt" else path.name
+    run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # which matplotlib would take for its own
     given = tokens_per_step, size, dataset
     found = (read_checkpoint(path.parent) if None in given else None) or (None, OTHER, OTHER)
     run.tokens_per_step, run.size, run.dataset = (f if g is None else g for g, f in zip(given, found, strict=True))
