@@ -122,6 +122,14 @@ def test_a_run_starts_from_the_folder(folder, tmp_path):
     assert export == pytest.approx(checkpoint, abs=0.01)
 
 
+def test_an_empty_folder_that_is_there_stays_the_same_one(checkpoint, tmp_path):
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    before = folder.stat().st_ino
+    export(str(checkpoint), str(folder))
+    assert folder.stat().st_ino == before and read_folder(folder) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_model_card_names_no_dataset_of_the_hub_for_local_text(checkpoint, monkeypatch):
     from tools import export_hf
 

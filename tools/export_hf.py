@@ -117,7 +117,11 @@ def export(path, folder):
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # it makes it private
         card = model_card(checkpoint, path, sum(weight.numel() for weight in weights.values()))
         (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
-        os.replace(unfinished, folder)
+        if folder.exists():  # it stays the same one, for a shell or a mount: config.json says that it is whole
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(unfinished, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
     finally:
