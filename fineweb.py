@@ -267,8 +267,8 @@ def main():
     parser.add_argument("--keep", action="store_true", help=f"keep what was fetched, in {DOWNLOADS}/ of the folder")
     parser.add_argument("--verify", action="store_true", help="compute the sha256 of every shard that is there")
     args = parser.parse_args()
-    if args.workers < 1 or (args.shard_size is not None and args.shard_size < 1):
-        parser.error("--workers and --shard_size must be 1 or more")
+    if args.workers < 1 or not 1 <= (args.shard_size or 1) <= 10**9 or args.shard_size == 0:
+        parser.error("--workers must be 1 or more, --shard_size from 1 to 1,000,000,000")
     try:
         run_as_command(lambda: build(**vars(args)))
     except KeyboardInterrupt:

@@ -59,7 +59,7 @@ def iterate_examples(split="val", path=None, style="completion"):
         raise UserError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            example = json.loads(line.decode("utf-8"))
+            example = json.loads(line.decode("utf-8-sig"))
             texts = [example[field] for field in FIELDS[style]] + example["endings"]
             if len(example["endings"]) != 4 or example["label"] not in range(4) or {*map(type, texts)} != {str}:
                 raise ValueError("a value is of the wrong kind")
@@ -200,7 +200,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
         try:
             with atomic_write(json_path) as file:
                 file.write(json.dumps(facts).encode())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"cannot write {json_path}: {error}") from None
 
 

@@ -82,13 +82,13 @@ def line_documents(path, column, row):
     with open_text(path) as lines:
         for number, line in enumerate(itertools.islice(lines, row, None), start=row + 1):
             try:
-                text = json.loads(line.decode("utf-8"))[column] if line.strip() else None
+                text = json.loads(line.decode("utf-8-sig"))[column] if line.strip() else None
                 if not isinstance(text, str | None):
                     raise TypeError(text)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f'{path}, line {number} has no "{column}" string: {error!r:.200}; mend it, delete it, or name '
-                    "another --text_column"
+                    f'{path}, line {number} has no "{column}" string: {error!r:.200}; mend or delete it and '
+                    "build it in a new --out, or name another --text_column"
                 ) from None
             yield text
 
@@ -101,14 +101,14 @@ def documents_of(path, column="text", row=0):
             return
         if path.name.endswith((".txt", ".txt.gz", ".txt.zst")):
             with open_text(path) as file:
-                yield from [file.read().decode("utf-8")][row:]
+                yield from [file.read().decode("utf-8-sig")][row:]
         else:
             yield from (table_documents if path.suffix == ".parquet" else line_documents)(path, column, row)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are among them
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:  # pyarrow's are among them
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -126,10 +126,11 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
         files = [{"file": "demo", "tokens": 1_000_000}]
         return about, lambda folder, commit, keep: (None, files, lambda first: [(0, None)][first:])
     if path.exists():
-        paths = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.name.endswith(TEXT_SUFFIXES))
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        paths = [p for p in found if p.name.endswith(TEXT_SUFFIXES) and not p.is_dir()]
         if not paths:
             raise UserError(f"{source} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
-        files = [{"file": p.name, "size": p.stat().st_size} for p in paths]
+        files = [{"file": p.name, "size": p.stat().st_size if p.exists() else 0} for p in paths]  # 0: a dead link
         # sizes stand in for a revision: enough to notice that the folder has changed
         revision = hashlib.sha256(repr([tuple(file.values()) for file in files]).encode()).hexdigest()
         about = {"source": str(path.resolve()), "revision": revision, "text_column": text_column}

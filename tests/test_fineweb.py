@@ -15,6 +15,7 @@ import pytest
 from support import ROOT, command_of, environment, run
 
 import fineweb
+from lib.common import UserError
 from lib.shards import find_shards
 
 TEXTS = [
@@ -346,3 +347,16 @@ def test_a_console_that_is_lost_ends_no_build(tmp_path, parquet):
         command = command_of("fineweb.py", "--source", parquet, "--out", tmp_path / "out", "--shard_size", "1000")
         assert subprocess.run(command, stdout=full, stderr=full, env=environment(), timeout=60).returncode == 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+
+
+def test_byte_order_marks_are_no_text_and_dead_links_are_named(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(b"\xef\xbb\xbfOne two")
+    (tmp_path / "texts" / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Three"}\n')
+    (tmp_path / "texts" / "c.txt").mkdir()  # a folder
+    (tmp_path / "texts" / "d.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="cannot read .*d.txt"):
+        fineweb.build(str(tmp_path / "texts"), tmp_path / "out", shard_size=2, workers=1)
+    (tmp_path / "texts" / "d.txt").unlink()
+    fineweb.build(str(tmp_path / "texts"), tmp_path / "out", shard_size=2, workers=1)
+    assert decode_documents(tmp_path / "out") == ["One two", "Three"]
