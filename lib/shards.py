@@ -124,8 +124,10 @@ def build_missing(source, data_dir):
     """Have fineweb.py make the shards of a folder that is missing or unfinished."""
     manifest = read_manifest(data_dir)
     # fineweb.py writes the manifest before the first shard: shards without one are another program's, and whole
-    foreign = not manifest and os.path.isdir(data_dir) and any(map(split_of, os.listdir(data_dir)))
-    if not (foreign or (manifest and manifest["complete"])):
+    foreign = os.listdir(data_dir) if not manifest and os.path.isdir(data_dir) else []
+    if not any(map(split_of, foreign)) and not (manifest and manifest["complete"]):
+        if any(name != "lock" and not name.startswith(".") and not name.endswith(".tmp") for name in foreign):
+            raise UserError(f"{data_dir}/ holds other files and no shards: make those with python fineweb.py")
         command = ["fineweb.py", "--source", source, "--out", data_dir]
         say(f"{data_dir}/ is {'unfinished' if manifest else 'missing'}, building it: python {' '.join(command)}")
         if subprocess.run([sys.executable, Path(__file__).parent.parent / command[0], *command[1:]]).returncode:
