@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 from lib import hugging_face, knobs, machine, plan, reference
 from lib.checkpoint import load_checkpoint
-from lib.common import UserError, get_tokenizer, run_as_command, say
+from lib.common import EOT, UserError, get_tokenizer, run_as_command, say
 from lib.cpu_loss import ChunkedCrossEntropy
 from lib.dataset import ShardFolder, TokenStream
 from lib.memory import fit_micro_batch
@@ -423,7 +423,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, g
 
 def sample(model, prompt, device, seed, temperature=1.0, count=3, length=32):
     """Return `count` texts that continue the prompt by `length` tokens; the same seed gives the same texts."""
-    idx = torch.tensor([get_tokenizer().encode_ordinary(prompt)] * count, device=device)
+    idx = torch.tensor([get_tokenizer().encode_ordinary(prompt) or [EOT]] * count, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     rows = generate(model, idx, length, temperature, generator=generator).tolist()
     return [get_tokenizer().decode(row) for row in rows]
@@ -564,7 +564,7 @@ def main(config):
 
     Raises UserError for what the user can put right.
     """
-    knobs.check(config, int(os.environ.get("WORLD_SIZE", 1)), OPENAI_MODELS)
+    config = knobs.check(config, int(os.environ.get("WORLD_SIZE", 1)), OPENAI_MODELS)
     if config.plan:
         say(plan.describe(config))
         return {}

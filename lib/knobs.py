@@ -1,13 +1,15 @@
 """
-The knobs of a run: from the command line, within their ranges, and which of them a resumed run may change.
+The knobs of a run: from the command line or from Python, as plain values within their ranges.
 """
 
 import argparse
 import inspect
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 
 from lib.common import UserError
@@ -28,13 +30,12 @@ RANGES = {
     "max_nonfinite": (1, 2**31),
     "collective_timeout": (1, 10**7),
 }
+KINDS = {int: Integral, float: Real, str: (str, PathLike), bool: bool, bool | None: bool | None}  # what may stand
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "tracker": ("", "tensorboard", "wandb"),
 }
-FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
-CHANGEABLE = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
 
 
 def comments_of(dataclass):
@@ -93,8 +94,20 @@ def conditions(c, world_size, model_names):
     ]
 
 
+def plain(c):
+    """The knobs c as plain values: checkpoints hold nothing else, and a sweep may have numbers of numpy, or paths."""
+    values = {}
+    for field in fields(c):
+        value, kind = getattr(c, field.name), field.type
+        if not isinstance(value, KINDS[kind]):
+            raise UserError(f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
+        values[field.name] = kind(value) if kind in (int, float, str) else value
+    return replace(c, **values)
+
+
 def check(c, world_size, model_names):
-    """Raise UserError, with the remedy, for knobs that cannot run."""
+    """Return the knobs as plain values. Raises UserError, with the remedy, for those that cannot run."""
+    c = plain(c)
     for name, (least, most) in RANGES.items():
         if not least <= getattr(c, name) <= most:  # so that NaN is refused, too
             limit = f"{least} or more" if getattr(c, name) < least else f"from {least} to {most}"
@@ -106,36 +119,4 @@ def check(c, world_size, model_names):
     for holds, message in conditions(c, world_size, model_names):
         if not holds:
             raise UserError(message)
-
-
-def compare_runs(before, now, step):
-    """Raise UserError where the knobs or the data of two runs (dicts with train_config and data) differ such that the
-    first could not be continued exactly at `step`. Returns what else was changed, as text."""
-    if not isinstance(before.get("data"), dict) or step < 0:
-        raise UserError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) are no run's")
-    old, new = before["train_config"], now["train_config"]
-    for name in FIXED:
-        if old.get(name) != new[name]:
-            raise UserError(
-                f"cannot resume: {name} was {old.get(name)} when the run began, it is {new[name]} now: give --{name} "
-                f"{old.get(name)}, or start a new run in another --log_dir"
-            )
-    if before["config"]["block_size"] < new["sequence_length"]:
-        raise UserError(
-            f"cannot resume: the checkpoint's model {before['config']} is for shorter sequences: start a new run in "
-            "another --log_dir"
-        )
-    for name in sorted({*before["data"], *now["data"]}):
-        was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
-        both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # a sha256 takes a manifest
-        if len(was) != len(found) or any(a != b for a, b in both):
-            raise UserError(
-                f"cannot resume: {name} is not the shard that the run began with (tokens, sha256, fingerprint: {was}, "
-                f"now {found}): put the old one back, or start a new run in another --log_dir"
-            )
-    if new["max_steps"] < step:
-        raise UserError(f"cannot resume: the run is at step {step}, beyond max_steps {new['max_steps']}")
-    changed = [f"{name} {old[name]} -> {new[name]}" for name in CHANGEABLE if name in old and old[name] != new[name]]
-    changed += [f"{name} is new" for name in new if name not in old]
-    changed += [f"{name} is gone" for name in old if name not in new]
-    return "".join(f", {change}" for change in changed)
+    return c

@@ -10,6 +10,10 @@ import torch
 
 from lib.common import UserError
 
+# knobs that a resumed run keeps, and those that it may change and says so
+FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
+CHANGEABLE = ("max_steps", "warmup_steps", "max_lr", "min_lr_ratio", "weight_decay", "grad_clip", "dtype")
+
 
 def no_random_weights():
     """Modules made within have what is in memory as their weights, which a checkpoint's then replace. That saves a
@@ -89,3 +93,36 @@ def restore(checkpoint, stateful):
                 part.load_state_dict(checkpoint[name])
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"cannot resume: the checkpoint's {name} is missing or of another kind: {error!r}") from None
+
+
+def compare_runs(before, now, step):
+    """Raise UserError where the knobs or the data of two runs (dicts with train_config and data) differ such that the
+    first could not be continued exactly at `step`. Returns what else was changed, as text."""
+    if not isinstance(before.get("data"), dict) or step < 0:
+        raise UserError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) are no run's")
+    old, new = before["train_config"], now["train_config"]
+    for name in FIXED:
+        if old.get(name) != new[name]:
+            raise UserError(
+                f"cannot resume: {name} was {old.get(name)} when the run began, it is {new[name]} now: give --{name} "
+                f"{old.get(name)}, or start a new run in another --log_dir"
+            )
+    if before["config"]["block_size"] < new["sequence_length"]:
+        raise UserError(
+            f"cannot resume: the checkpoint's model {before['config']} is for shorter sequences: start a new run in "
+            "another --log_dir"
+        )
+    for name in sorted({*before["data"], *now["data"]}):
+        was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
+        both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # a sha256 takes a manifest
+        if len(was) != len(found) or any(a != b for a, b in both):
+            raise UserError(
+                f"cannot resume: {name} is not the shard that the run began with (tokens, sha256, fingerprint: {was}, "
+                f"now {found}): put the old one back, or start a new run in another --log_dir"
+            )
+    if new["max_steps"] < step:
+        raise UserError(f"cannot resume: the run is at step {step}, beyond max_steps {new['max_steps']}")
+    changed = [f"{name} {old[name]} -> {new[name]}" for name in CHANGEABLE if name in old and old[name] != new[name]]
+    changed += [f"{name} is new" for name in new if name not in old]
+    changed += [f"{name} is gone" for name in old if name not in new]
+    return "".join(f", {change}" for change in changed)

@@ -11,9 +11,8 @@ from lib import checkpoint as checkpoints
 from lib import machine
 from lib.common import UserError, report, say
 from lib.folder import RunFolder, git_commit
-from lib.knobs import compare_runs
 from lib.log import METRICS, Stopwatch, rates
-from lib.restore import restore, tensors_of
+from lib.restore import compare_runs, restore, tensors_of
 from lib.signals import StopRun, handlers_restored, short_shutdown, stop_on_signals
 
 

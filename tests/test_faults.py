@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -727,6 +728,36 @@ def test_a_run_that_is_refused_leaves_the_signals_to_its_caller(small):
     with pytest.raises(UserError, match="holds a run") as error:
         main(small())
     assert signal.getsignal(signal.SIGINT) is before and error  # while its traceback is alive
+
+
+@pytest.mark.parametrize("wrong", [{"max_steps": 4.0}, {"val_every": None}, {"max_lr": "1e-3"}, {"compile": 2}])
+def test_a_knob_of_another_type_is_refused(wrong, small, log_dir):
+    with pytest.raises(UserError, match="must be of type"):
+        main(small(**wrong))
+    assert not log_dir.exists()
+
+
+def test_numbers_of_numpy_and_paths_make_checkpoints_that_can_be_loaded(small, log_dir):
+    config = small(max_lr=np.float64(1e-3), n_layer=np.int64(1), log_dir=log_dir, data_dir=log_dir.parent / "data")
+    main(config)
+    main(dataclasses.replace(config, init_from="resume", max_steps=np.int32(14)))
+    assert load_checkpoint(log_dir / "model_00014.pt")["train_config"]["max_lr"] == 1e-3
+
+
+def test_a_run_in_a_thread_ends_well(small):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(main(small())))
+    thread.start()
+    thread.join()
+    assert found[0]["step"] == 12
+
+
+def test_a_folder_of_other_files_is_not_filled_with_the_demo(small, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match="holds other files and no shards"):
+        main(small(data_dir=str(tmp_path / "texts"), data_source="demo"))
+    assert os.listdir(tmp_path / "texts") == ["a.txt"]
 
 
 def free_port():

@@ -13,6 +13,7 @@ import torch
 from support import ROOT, environment, write_items
 
 import hellaswag
+import train_gpt2
 from lib.checkpoint import write_checkpoint
 from lib.common import EOT, UserError, get_tokenizer
 from tools import sample
@@ -124,6 +125,11 @@ def test_the_program_prints_what_generate_gives(checkpoint, capsys):
     rows = [generate(random_model(50304), idx, 40, generator=generator)[0].tolist() for _ in range(2)]
     texts = [get_tokenizer().decode(row) for row in rows]
     assert capsys.readouterr().out == f"{texts[0]}\n---------------\n{texts[1]}\n"
+
+
+def test_an_empty_prompt_begins_a_new_text():
+    texts = train_gpt2.sample(random_model(50304), "", "cpu", seed=1, length=4)
+    assert len(texts) == 3 and all(text.startswith("<|endoftext|>") for text in texts)
 
 
 def test_a_temperature_next_to_0_takes_the_likeliest():
