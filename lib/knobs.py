@@ -30,7 +30,8 @@ RANGES = {
     "max_nonfinite": (1, 2**31),
     "collective_timeout": (1, 10**7),
 }
-KINDS = {int: Integral, float: Real, str: (str, PathLike), bool: bool, bool | None: bool | None}  # what may stand
+# what a field of each type takes: the numbers of numpy and paths, too
+KINDS = {int: Integral, float: Real, str: (str, PathLike), bool: bool, bool | None: bool | None}
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
