@@ -120,6 +120,20 @@ def hash_file(path, digest=None):
     return digest.hexdigest()
 
 
+def sample_hash(path):
+    """The hash of a file's size and of four pieces of 16 kB, evenly spread: another content is noticed at no cost."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for i in range(4):
+                file.seek(max(0, size - (16 << 10)) * i // 3)
+                digest.update(file.read(16 << 10))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Mend it, or delete it") from None
+    return digest.hexdigest()
+
+
 def build_missing(source, data_dir):
     """Have fineweb.py make the shards of a folder that is missing or unfinished."""
     manifest = read_manifest(data_dir)

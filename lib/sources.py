@@ -24,6 +24,7 @@ import numpy as np
 
 from lib import hub
 from lib.common import UserError
+from lib.shards import sample_hash
 
 TEXT_SUFFIXES = (".parquet", *(text + zipped for text in (".jsonl", ".txt") for zipped in ("", ".gz", ".zst")))
 
@@ -130,10 +131,9 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
         paths = [p for p in found if p.name.endswith(TEXT_SUFFIXES) and not p.is_dir()]
         if not paths:
             raise UserError(f"{source} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
-        files = [{"file": p.name, "size": p.stat().st_size if p.exists() else 0} for p in paths]  # 0: a dead link
-        # sizes stand in for a revision: enough to notice that the folder has changed
-        revision = hashlib.sha256(repr([tuple(file.values()) for file in files]).encode()).hexdigest()
-        about = {"source": str(path.resolve()), "revision": revision, "text_column": text_column}
+        samples = hashlib.sha256(repr([(p.name, sample_hash(p)) for p in paths]).encode()).hexdigest()
+        files = [{"file": p.name, "size": p.stat().st_size} for p in paths]
+        about = {"source": str(path.resolve()), "revision": samples, "text_column": text_column}
         return about, lambda folder, commit, keep: (None, files, lambda first: list(enumerate(paths))[first:])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(TEXT_SUFFIXES):
         raise UserError(

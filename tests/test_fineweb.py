@@ -334,6 +334,19 @@ def test_a_full_disk_is_said_and_the_restart_ends_with_the_same_bytes(tmp_path, 
     assert content_of(small_disk / "out") == content_of(tmp_path / "undisturbed")
 
 
+def test_a_source_that_was_changed_to_another_of_its_size_is_noticed(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(json_lines([f"a cat and {i} dogs" for i in range(9000)]))
+    flags = dict(source=str(tmp_path / "texts"), out=tmp_path / "out", workers=1)
+    fineweb.build(**flags)
+    fineweb.build(**flags)  # is complete
+    path = tmp_path / "texts" / "b.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[::-1]))
+    with pytest.raises(UserError, match="revision"):
+        fineweb.build(**flags)
+
+
 def test_the_front_door_says_it_in_one_line_and_exits_with_2(tmp_path):
     result = run("fineweb.py", "--source", tmp_path / "missing.txt", "--out", tmp_path / "out")
     assert result.returncode == 2 and "error: no file or folder" in result.stdout
