@@ -1,11 +1,13 @@
 """What the tests share: a tiny run, its shards, and the scripts run as a user runs them."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +47,19 @@ def write_shards(folder, lengths, vocab_size=512, seed=0, name="tiny"):
         np.save(folder / f"{name}_{'val' if index == 0 else 'train'}_{index:06d}.npy", tokens)
         shards.append(tokens)
     return np.concatenate(shards[1:])
+
+
+@contextlib.contextmanager
+def disk(folder, size, *options):
+    """A real file system of `size` bytes at folder; options: others of mount."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("it takes the right to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def make_items(count, seed=0):

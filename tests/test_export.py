@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import ROOT, losses, run, write_shards
+from support import ROOT, disk, losses, run, write_shards
 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, write_checkpoint
@@ -122,12 +122,18 @@ def test_a_run_starts_from_the_folder(folder, tmp_path):
     assert export == pytest.approx(checkpoint, abs=0.01)
 
 
-def test_an_empty_folder_that_is_there_stays_the_same_one(checkpoint, tmp_path):
-    folder = tmp_path / "mount"
-    folder.mkdir()
-    before = folder.stat().st_ino
-    export(str(checkpoint), str(folder))
-    assert folder.stat().st_ino == before and read_folder(folder) and len(list(tmp_path.iterdir())) == 1
+def test_an_empty_folder_that_is_there_stays_the_same_one(checkpoint, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    before = (tmp_path / "empty").stat().st_ino
+    export(str(checkpoint), str(tmp_path / "empty"))
+    assert (tmp_path / "empty").stat().st_ino == before and len(list(tmp_path.iterdir())) == 1
+    assert sorted(os.listdir(tmp_path / "empty")) == sorted(os.listdir(folder))
+
+
+def test_a_mount_point_can_be_exported_to(checkpoint, folder, tmp_path):
+    with disk(tmp_path / "mount", "64m"):
+        export(str(checkpoint), str(tmp_path / "mount"))
+        assert sorted(os.listdir(tmp_path / "mount")) == sorted(os.listdir(folder))
 
 
 def test_the_model_card_names_no_dataset_of_the_hub_for_local_text(checkpoint, monkeypatch):

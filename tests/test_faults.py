@@ -31,6 +31,7 @@ from support import (
     at_step,
     command_of,
     crash,
+    disk,
     environment,
     flags_of,
     ranks_of,
@@ -74,19 +75,6 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def log_dir(tmp_path):
     return tmp_path / "log"
-
-
-@contextlib.contextmanager
-def disk(folder, size, *options):
-    """A real file system of `size` bytes at folder; options: others of mount."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("it takes the right to mount a file system")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(folder):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import ROOT, command_of, environment, run
+from support import ROOT, command_of, disk, environment, run
 
 import fineweb
 from lib.common import UserError
@@ -311,14 +311,9 @@ def test_a_disk_that_fills_up_is_said_and_the_restart_ends_with_the_same_bytes(t
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 256 kB, by the permission to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("may not mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    """A disk of 256 kB."""
+    with disk(tmp_path / "disk", "256k"):
+        yield tmp_path / "disk"
 
 
 def test_a_full_disk_is_said_and_the_restart_ends_with_the_same_bytes(tmp_path, small_disk):

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 
 from lib.checkpoint import load_checkpoint
-from lib.common import EOT, UserError, run_as_command
+from lib.common import EOT, UserError, run_as_command, say
 from lib.hugging_face import to_theirs, vocabulary
-from lib.restore import rebuild
+from lib.restore import check_vocabulary, rebuild
 from lib.shards import read_manifest
 from train_gpt2 import GPT, GPTConfig
 
@@ -104,10 +104,11 @@ def export(path, folder):
         raise UserError(f"{folder} exists already and is not empty: name a new folder, or delete it")
     checkpoint = load_checkpoint(path, mmap=True)
     model = rebuild(checkpoint, GPT, GPTConfig)
-    if model.config.vocab_size <= EOT:
-        raise UserError(f"{path} knows {model.config.vocab_size} ids, fewer than the 50257 of GPT-2's tokenizer")
+    check_vocabulary(path, model.config)
     config, weights = to_theirs(checkpoint["config"], model.state_dict())
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # the folder is there whole or not at all
+    # the folder is there whole or not at all; one that is there stays the same one, for a shell in it or as a mount
+    inside = folder.exists()
+    unfinished = (folder if inside else folder.parent) / f"{folder.name}.{os.getpid()}.tmp"
     try:
         unfinished.mkdir(parents=True)
         write_json(unfinished / "config.json", config, indent=2)
@@ -117,8 +118,8 @@ def export(path, folder):
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # it makes it private
         card = model_card(checkpoint, path, sum(weight.numel() for weight in weights.values()))
         (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
-        if folder.exists():  # it stays the same one, for a shell or a mount: config.json says that it is whole
-            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+        if inside:
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: it is whole
                 os.replace(file, folder / file.name)
         else:
             os.replace(unfinished, folder)
@@ -126,7 +127,7 @@ def export(path, folder):
         raise UserError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
 def main():
