@@ -37,7 +37,7 @@ from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manife
 from lib.shards import check_shard_set, hash_file, open_shard, read_manifest
 from lib.sources import documents_of, find_source
 
-# the CPUs that this process may use, which are fewer than there are in a job of a cluster; 12 keep the parent busy
+# the CPUs that this process may use, which are fewer than there are in a job of a cluster; some 12 keep the parent busy
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 # -----------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help=f"keep what was fetched, in {DOWNLOADS}/ of the folder")
     parser.add_argument("--verify", action="store_true", help="compute the sha256 of every shard that is there")
     args = parser.parse_args()
-    if args.workers < 1 or not 1 <= (args.shard_size or 1) <= 10**9 or args.shard_size == 0:
+    if args.workers < 1 or (args.shard_size is not None and not 1 <= args.shard_size <= 10**9):
         parser.error("--workers must be 1 or more, --shard_size from 1 to 1,000,000,000")
     try:
         run_as_command(lambda: build(**vars(args)))

@@ -26,6 +26,7 @@ import torch
 
 from lib.common import EOT, UserError, atomic_write, get_tokenizer, run_as_command, say
 from lib.machine import check_device, sum_over_ranks
+from lib.restore import check_vocabulary
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
@@ -183,8 +184,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
         raise UserError(f"{path} is empty: it must hold HellaSwag items, one JSON object a line")
     torch.set_float32_matmul_precision("high")
     model = load_model(model_name).to(device)
-    if model.config.vocab_size <= EOT:
-        raise UserError(f"{model_name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it reads no text")
+    check_vocabulary(model_name, model.config)
     batches = make_batches(examples, max_length=model.config.block_size, style=style)
     chosen = score(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
     chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # as in the file

@@ -81,7 +81,7 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
     activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
     max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
-    collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to the first step
+    collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to step 1 and at the end
     plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours) and exit
     plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
 

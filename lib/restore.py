@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from lib.common import UserError
+from lib.common import EOT, UserError
 
 # knobs that a resumed run keeps, and those that it may change and says so
 FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "total_batch_size", "seed")
@@ -48,6 +48,12 @@ def rebuild(checkpoint, model_class, config_class):
         model = model_class(config_class(**config))
     model.load_state_dict(weights)
     return model
+
+
+def check_vocabulary(name, config):
+    """Raise UserError where a model of this config does not know every token of GPT-2."""
+    if config.vocab_size <= EOT:
+        raise UserError(f"{name} knows {config.vocab_size} ids, fewer than the 50257 tokens of GPT-2, which this takes")
 
 
 def load_optimizer(optimizer, state, trained):

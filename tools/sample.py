@@ -20,6 +20,7 @@ import torch
 
 from lib.common import EOT, UserError, get_tokenizer, run_as_command
 from lib.machine import check_device
+from lib.restore import check_vocabulary
 from train_gpt2 import load_model, stream
 
 RANGES = {  # from, to
@@ -64,8 +65,7 @@ def load(name, device):
     """The model, ready to write, on its device."""
     check_device(device)
     model = load_model(name).eval()
-    if model.config.vocab_size <= EOT:
-        raise UserError(f"{name} knows {model.config.vocab_size} ids, fewer than GPT-2's 50257: it cannot write text")
+    check_vocabulary(name, model.config)
     if device == "cpu":  # a single token reads every matrix once, which on CPUs is faster column by column
         for parameter in model.parameters():
             parameter.data = parameter.data.t().contiguous().t()
