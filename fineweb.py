@@ -31,11 +31,21 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import EOT, UserError, atomic_write, get_tokenizer, lock_folder, run_as_command, say
-from lib.hub import FINEWEB_EDU
-from lib.shard_folder import DOWNLOADS, check_disk, estimate_tokens, find_manifest, removed_if_empty, write_manifest
-from lib.shards import check_shard_set, hash_file, open_shard, read_manifest
-from lib.sources import documents_of, find_source
+from lib.console import UserError, run_as_command, say
+from lib.data.hub import FINEWEB_EDU
+from lib.data.manifest import (
+    DOWNLOADS,
+    check_disk,
+    estimate_tokens,
+    find_manifest,
+    read_manifest,
+    removed_if_empty,
+    write_manifest,
+)
+from lib.data.shards import check_shard_set, open_shard
+from lib.data.sources import documents_of, find_source
+from lib.files import atomic_write, hash_file, lock_folder
+from lib.tokenizer import EOT, get_tokenizer
 
 # the CPUs that this process may use, which are fewer than there are in a job of a cluster; some 12 keep the parent busy
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())

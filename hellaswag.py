@@ -24,9 +24,12 @@ from pathlib import Path
 
 import torch
 
-from lib.common import EOT, UserError, atomic_write, get_tokenizer, run_as_command, say
-from lib.machine import check_device, sum_over_ranks
-from lib.restore import check_vocabulary
+from lib.console import UserError, run_as_command, say
+from lib.device import check_device
+from lib.distributed import sum_over_ranks
+from lib.files import atomic_write
+from lib.model.load import check_vocabulary
+from lib.tokenizer import EOT, get_tokenizer
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"

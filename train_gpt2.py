@@ -25,16 +25,20 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import hugging_face, knobs, machine, plan, reference
+from lib import config as knobs
 from lib.checkpoint import load_checkpoint
-from lib.common import EOT, UserError, get_tokenizer, run_as_command, say
-from lib.cpu_loss import ChunkedCrossEntropy
-from lib.dataset import ShardFolder, TokenStream
-from lib.memory import fit_micro_batch
-from lib.restore import rebuild
-from lib.run import Run
-from lib.shards import build_missing
-from lib.shuffle import shuffle
+from lib.console import UserError, run_as_command, say
+from lib.data.manifest import build_missing
+from lib.data.stream import ShardFolder, TokenStream, shuffle
+from lib.device import choose_compile, choose_dtype, to_device
+from lib.distributed import mean_over_ranks, sum_over_ranks, wait_for_all
+from lib.model import hugging_face, plan
+from lib.model import published as reference
+from lib.model.cpu_loss import ChunkedCrossEntropy
+from lib.model.load import rebuild
+from lib.model.memory import fit_micro_batch
+from lib.run.run import Run
+from lib.tokenizer import EOT, get_tokenizer
 
 # -----------------------------------------------------------------------------
 # Knobs
@@ -375,7 +379,7 @@ def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None)
             total[0] += loss * mine
             total[1] += mine
     model.train()
-    loss, count = machine.sum_over_ranks(total).tolist()
+    loss, count = sum_over_ranks(total).tolist()
     return loss / count
 
 
@@ -441,7 +445,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     """
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
-        x, y = machine.to_device(loader.next_batch(), device)
+        x, y = to_device(loader.next_batch(), device)
         # DDP reads this in its forward: the ranks average their gradients once a step, during the last backward
         model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast():  # the gradients of all micro-batches add up to that of the mean over the batch
@@ -449,7 +453,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     loader.prepare()  # the next batch, while the device works
-    loss = machine.mean_over_ranks(loss).item()  # .item() waits for it
+    loss = mean_over_ranks(loss).item()  # .item() waits for it
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     for group in optimizer.param_groups:
@@ -475,7 +479,7 @@ def train(config, run):
     sequences = config.total_batch_size // T  # of a step, over all ranks
     if run.local_rank == 0 and config.data_source:
         build_missing(config.data_source, config.data_dir)
-    machine.wait_for_all()
+    wait_for_all()
     data = ShardFolder(config.data_dir)
     data.check(T, sequences)
     hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
@@ -487,14 +491,14 @@ def train(config, run):
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     shape = GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     model = initial_model(config.init_from, shape, checkpoint).to(device)
-    compiled = ddp = torch.compile(model, dynamic=False) if machine.choose_compile(config.compile, device) else model
+    compiled = ddp = torch.compile(model, dynamic=False) if choose_compile(config.compile, device) else model
     if run.world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
         megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
     # optimizer, and the precision of the matrix products
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
-    dtype = machine.choose_dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
     run.say(plan.headline(config, model, run, dtype, compiled is not model))
@@ -526,7 +530,7 @@ def train(config, run):
         # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
             with run.clock.timing("HellaSwag"), autocast():
-                _, by_norm, items = machine.sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
+                _, by_norm, items = sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
             run.record("hella", (by_norm / items).item())
 
         # once in a while: read what it writes

@@ -30,7 +30,7 @@ def tiny(tmp_path):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """On a busy machine, matplotlib and trackers, which leave the CPU to everything else, may take long."""
-    monkeypatch.setattr("lib.tracker.PATIENCE", 100)
+    monkeypatch.setattr("lib.run.tracker.PATIENCE", 100)
 
 
 @pytest.fixture(autouse=True)

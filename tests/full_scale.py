@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_hub import serving
 
-from lib.common import get_tokenizer
-from lib.hub import FINEWEB_EDU, FINEWEB_EDU_REVISION
-from lib.sources import demo_documents
+from lib.data.hub import FINEWEB_EDU, FINEWEB_EDU_REVISION
+from lib.data.sources import demo_documents
+from lib.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, LAST, GROUP = 2.15e9, 0.54e9, 1000  # bytes, bytes, documents

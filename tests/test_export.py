@@ -14,8 +14,9 @@ from support import ROOT, disk, losses, run, write_shards
 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, write_checkpoint
-from lib.common import UserError, get_tokenizer
-from lib.hugging_face import read_folder
+from lib.console import UserError
+from lib.model.hugging_face import read_folder
+from lib.tokenizer import get_tokenizer
 from tools.export_hf import export
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
 

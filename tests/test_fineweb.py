@@ -15,8 +15,8 @@ import pytest
 from support import ROOT, command_of, disk, environment, run
 
 import fineweb
-from lib.common import UserError
-from lib.shards import find_shards
+from lib.console import UserError
+from lib.data.stream import find_shards
 
 TEXTS = [
     "Hello world.", "", "A second document,\nwith two lines. " * 40, "naïve café 東京 🚀",

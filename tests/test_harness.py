@@ -9,8 +9,8 @@ import pytest
 import torch
 from support import run
 
-from lib import checkpoint
-from lib.common import get_tokenizer
+from lib.run import checkpoints as checkpoint
+from lib.tokenizer import get_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs pip install lm-eval[hf]")

@@ -9,7 +9,7 @@ import torch
 from support import make_items, run, run_warm, write_items, write_shards
 
 import hellaswag
-from lib.common import UserError
+from lib.console import UserError
 from train_gpt2 import GPT, GPTConfig, load_model
 
 

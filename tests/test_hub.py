@@ -18,9 +18,10 @@ import pytest
 from fake_hub import COMMIT, DATASET, serving
 from support import PROBES, ROOT, run
 
-from lib.common import UserError
-from lib.hub import choose_files, with_retries
-from lib.shards import find_shards, read_manifest
+from lib.console import UserError
+from lib.data.hub import choose_files, with_retries
+from lib.data.manifest import read_manifest
+from lib.data.stream import find_shards
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
 

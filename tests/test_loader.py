@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import write_shards
 
-from lib.common import UserError
-from lib.dataset import ShardFolder, TokenFile
-from lib.shuffle import shuffle
+from lib.console import UserError
+from lib.data.stream import ShardFolder, TokenFile, shuffle
 from train_gpt2 import DataLoaderLite
 
 

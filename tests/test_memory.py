@@ -6,9 +6,9 @@ import pytest
 import torch
 from support import PROBES, flags_of, losses, run, write_shards
 
-from lib import memory
-from lib.common import UserError
-from lib.memory import fit_in_memory
+from lib.console import UserError
+from lib.model import memory
+from lib.model.memory import fit_in_memory
 from train_gpt2 import GPT, GPTConfig, main
 
 

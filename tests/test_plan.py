@@ -4,8 +4,8 @@ import pytest
 import torch
 from support import load, losses, run
 
-from lib import plan
-from lib.machine import peak_tflops
+from lib.device import peak_tflops
+from lib.model import plan
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, main
 
 

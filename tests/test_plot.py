@@ -8,9 +8,9 @@ import pytest
 import torch
 from support import ROOT, write_shards
 
-from lib import reference
-from lib.common import UserError
-from lib.log import read_log
+from lib.console import UserError
+from lib.model import published as reference
+from lib.run.log import read_log
 from tools import plot
 from train_gpt2 import GPTConfig, main
 

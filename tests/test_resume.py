@@ -28,10 +28,11 @@ from support import (
 )
 
 import train_gpt2
-from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
-from lib.common import UserError
-from lib.restore import load_optimizer
-from lib.signals import short_shutdown
+from lib.checkpoint import load_checkpoint
+from lib.console import UserError
+from lib.run.checkpoints import newest_whole_checkpoint, save_checkpoint
+from lib.run.resume import load_optimizer
+from lib.run.signals import short_shutdown
 from train_gpt2 import main
 
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)

@@ -15,7 +15,8 @@ from support import ROOT, environment, write_items
 import hellaswag
 import train_gpt2
 from lib.checkpoint import write_checkpoint
-from lib.common import EOT, UserError, get_tokenizer
+from lib.console import UserError
+from lib.tokenizer import EOT, get_tokenizer
 from tools import sample
 from train_gpt2 import GPT, GPTConfig, generate, sample_token, stream
 
@@ -51,7 +52,7 @@ def test_the_cache_changes_no_token_within_the_window_and_beyond(prompt):
 def test_greedy_tokens_equal_transformers():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from lib.hugging_face import transposed
+    from lib.model.hugging_face import transposed
 
     model = random_model(block_size=64)
     settings = dict(vocab_size=1000, n_positions=64, n_embd=64, n_layer=3, n_head=4, eos_token_id=None)

@@ -9,8 +9,9 @@ import time
 import pytest
 from support import PROBES, ROOT, losses, run
 
-from lib import knobs, tracker
-from lib.common import UserError
+from lib import config as knobs
+from lib.console import UserError
+from lib.run import tracker
 from train_gpt2 import main
 
 WANDB = """

@@ -10,7 +10,7 @@ import torch
 from support import PROBES, ROOT, TINY, flags_of, load, losses, make_items, read_log, run, write_shards
 
 import train_gpt2
-from lib.common import UserError
+from lib.console import UserError
 from train_gpt2 import TrainConfig, main, parse_args
 
 

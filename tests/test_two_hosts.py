@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from two_hosts import CASES, allowed, run_case
 
-from lib.machine import store_of_this_start
+from lib.distributed import store_of_this_start
 
 
 def ranks_start(store, world_size, delays, timeout):

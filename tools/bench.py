@@ -21,8 +21,8 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
-from lib.machine import choose_dtype, name_and_peak
-from lib.memory import fit_in_memory
+from lib.device import choose_dtype, name_and_peak
+from lib.model.memory import fit_in_memory
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 

@@ -15,10 +15,11 @@ import shutil
 from pathlib import Path
 
 from lib.checkpoint import load_checkpoint
-from lib.common import EOT, UserError, run_as_command, say
-from lib.hugging_face import to_theirs, vocabulary
-from lib.restore import check_vocabulary, rebuild
-from lib.shards import read_manifest
+from lib.console import UserError, run_as_command, say
+from lib.data.manifest import read_manifest
+from lib.model.hugging_face import to_theirs, vocabulary
+from lib.model.load import check_vocabulary, rebuild
+from lib.tokenizer import EOT
 from train_gpt2 import GPT, GPTConfig
 
 CARD = """---

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lib.common import UserError, atomic_write, run_as_command, say
-from lib.log import read_log
-from lib.reference import DATASETS, OTHER, SIZES, dataset_of, published, size_of
+from lib.console import UserError, run_as_command, say
+from lib.files import atomic_write
+from lib.model.published import DATASETS, OTHER, SIZES, dataset_of, published, size_of
+from lib.run.log import read_log
 
 UNITS = {1e9: "billions of tokens", 1e6: "millions of tokens", 1e3: "thousands of tokens", 1: "tokens"}
 
@@ -27,7 +28,7 @@ def read_checkpoint(log_dir):
     """Tokens of a step, size and dataset of the run whose checkpoints are in log_dir; None where none can be read."""
     import torch  # here, since it takes seconds and the trainer gives the flags
 
-    from lib.checkpoint import list_checkpoints
+    from lib.run.checkpoints import list_checkpoints
 
     for path in list_checkpoints(log_dir)[::-1]:
         try:  # with mmap the weights stay on the disk

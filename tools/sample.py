@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from lib.common import EOT, UserError, get_tokenizer, run_as_command
-from lib.machine import check_device
-from lib.restore import check_vocabulary
+from lib.console import UserError, run_as_command
+from lib.device import check_device
+from lib.model.load import check_vocabulary
+from lib.tokenizer import EOT, get_tokenizer
 from train_gpt2 import load_model, stream
 
 RANGES = {  # from, to

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from lib.tracker import Tracker
+from lib.run.tracker import Tracker
 
 tracker = Tracker("wandb")
 tracker.start(sys.argv[1], 0, {})

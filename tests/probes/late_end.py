@@ -5,10 +5,10 @@ import signal
 import time
 
 import train_gpt2
-from lib import machine
-from lib.folder import RunFolder
+from lib import distributed
+from lib.run.folder import RunFolder
 
-close, wait_for_all, closed = RunFolder.close, machine.wait_for_all, []
+close, wait_for_all, closed = RunFolder.close, distributed.wait_for_all, []
 
 
 def close_late(self):
@@ -24,5 +24,5 @@ def signalled():
     wait_for_all()
 
 
-RunFolder.close, machine.wait_for_all = close_late, signalled
+RunFolder.close, distributed.wait_for_all = close_late, signalled
 train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())

@@ -9,7 +9,7 @@ import resource
 from pathlib import Path
 
 import train_gpt2
-from lib import memory
+from lib.model import memory
 
 rehearse, (soft, hard) = memory.rehearse, resource.getrlimit(resource.RLIMIT_AS)
 

@@ -3,7 +3,7 @@
 import os
 
 import train_gpt2
-from lib.common import UserError
+from lib.console import UserError
 
 original = train_gpt2.get_lr
 

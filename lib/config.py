@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 
-from lib.common import UserError
+from lib.console import UserError
 
 # from, to (both allowed) for each number
 RANGES = {

@@ -15,8 +15,9 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from lib.common import UserError, say
-from lib.shards import hash_file, split_of
+from lib.console import UserError, say
+from lib.data.shards import split_of
+from lib.files import hash_file
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change

@@ -8,18 +8,18 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib import checkpoint as checkpoints
-from lib.common import UserError, lock_folder, say
-from lib.log import METRICS, Log, cut_log
-from lib.tracker import Tracker, start_beside, wait_for
+from lib.console import UserError, say
+from lib.files import ROOT, lock_folder
+from lib.run import checkpoints
+from lib.run.log import METRICS, Log, cut_log
+from lib.run.tracker import Tracker, start_beside, wait_for
 
 
 def git_commit():
     """The commit of this code, None where it is no git checkout."""
-    root = Path(__file__).parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if (root / ".git").exists():
-            command = ["git", "-C", root, "rev-parse", "HEAD"]
+        if (ROOT / ".git").exists():
+            command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -1,5 +1,6 @@
 """
-The shards as a run reads them: one stream of tokens, opened in no time, checked where it is used.
+The shards as a run reads them: one stream of tokens, opened in no time, checked where it is used; and its shuffle, a
+formula that costs nothing at the start, takes no memory, and is the same everywhere.
 """
 
 import contextlib
@@ -11,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.common import UserError
-from lib.shards import SPLITS, find_shards, open_shard
+from lib.console import UserError
+from lib.data.manifest import read_manifest
+from lib.data.shards import SPLITS, open_shard, split_of
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
+ROUNDS = 8  # of the shuffle
 
 
 @functools.lru_cache(maxsize=256)  # a process may have some 1,000 files open
@@ -71,6 +74,29 @@ class TokenFile(NamedTuple):
 def npy_header(length):
     shape = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({length},), }}"
     return b"\x93NUMPY\x01\x00v\x00" + shape.encode().ljust(NPY_HEADER - 11) + b"\n"
+
+
+def find_shards(data_root, splits=SPLITS):
+    """The names of the shards of each split in name order, and the sha256 of those that a manifest knows, by name.
+    Raises UserError where a split has none."""
+    names = {split: [] for split in splits}
+    for name in sorted(os.listdir(data_root)) if os.path.isdir(data_root) else ():
+        if (split := split_of(name)) in names:
+            names[split].append(name)
+    for split in splits:
+        if not names[split]:
+            raise UserError(
+                f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, 28 "
+                "GB to fetch, or your own text with --source), or try python train_gpt2.py --preset demo"
+            )
+    manifest = read_manifest(data_root)
+    if manifest and not manifest["complete"]:
+        raise UserError(f"{data_root}/ is unfinished: start fineweb.py again with the flags that it was started with")
+    listed = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
+    of_splits = {name for name in listed if split_of(name) in splits}
+    for name in sorted(of_splits ^ set().union(*names.values())) if manifest else ():
+        raise UserError(f"{data_root}/{name} is in the folder or in its manifest.json, not in both: build it again")
+    return names, listed
 
 
 class ShardFolder:
@@ -140,3 +166,32 @@ class TokenStream:
             pieces.append(tokens)
             start += len(tokens)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def mix(x):
+    """uint64 to uint64, every bit depending on every bit: the finalizer of SplitMix64 (Steele et al., 2014)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+def feistel(x, key, half):
+    """A bijection of the numbers below 4^half: a Feistel network, whose rounds can be undone whatever `mix` does."""
+    left, right = x >> half, x & ((1 << half) - 1)
+    for number in range(ROUNDS):
+        left, right = right, left ^ (mix(key + number + (right << 8)) & ((1 << half) - 1))
+    return left << half | right
+
+
+def shuffle(index, n, seed, epoch):
+    """Where position `index` of an epoch lies: a permutation of range(n) for each (seed, epoch).
+
+    index and epoch are int64 arrays of one shape, and so is the result. Numbers that fall outside of range(n) are
+    permuted again until they are inside, which keeps it a bijection (cycle walking).
+    """
+    half = (max(n - 1, 1).bit_length() + 1) // 2
+    key = mix(mix(np.uint64(seed) + np.zeros(len(index), np.uint64)) + epoch.astype(np.uint64))
+    x = feistel(index.astype(np.uint64), key, half)
+    while (outside := x >= n).any():
+        x[outside] = feistel(x[outside], key[outside], half)
+    return x.astype(np.int64)

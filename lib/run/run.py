@@ -7,13 +7,15 @@ import os
 
 import torch
 
-from lib import checkpoint as checkpoints
-from lib import machine
-from lib.common import UserError, report, say
-from lib.folder import RunFolder, git_commit
-from lib.log import METRICS, Stopwatch, rates
-from lib.restore import compare_runs, restore, tensors_of
-from lib.signals import StopRun, handlers_restored, short_shutdown, stop_on_signals
+from lib import device as devices
+from lib import distributed
+from lib.checkpoint import load_checkpoint
+from lib.console import UserError, report, say
+from lib.run import checkpoints
+from lib.run.folder import RunFolder, git_commit
+from lib.run.log import METRICS, Stopwatch, rates
+from lib.run.resume import compare_runs, restore, tensors_of
+from lib.run.signals import StopRun, handlers_restored, short_shutdown, stop_on_signals
 
 
 class Run:
@@ -31,12 +33,12 @@ class Run:
 
     def __enter__(self):
         self.stack.enter_context(handlers_restored())  # at last: a rank that waits for the others may be signalled
-        ranks = machine.distributed(self.requested_device, self.collective_timeout)
+        ranks = distributed.distributed(self.requested_device, self.collective_timeout)
         self.rank, self.local_rank, self.world_size, self.device = self.stack.enter_context(ranks)
-        self.device_name, self.peak_tflops = machine.name_and_peak(self.device)
+        self.device_name, self.peak_tflops = devices.name_and_peak(self.device)
         # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=self.device)
-        self.restarted = machine.sum_over_ranks(restarts).item() > 0
+        self.restarted = distributed.sum_over_ranks(restarts).item() > 0
         if not self.resume and not self.restarted:
             self.folder.refuse_other_run()
         self.stack.callback(self.folder.close)
@@ -59,8 +61,8 @@ class Run:
 
     def open_folder(self):
         """Hold log_dir for this run; return the newest checkpoint in it, None where there is none to resume from."""
-        path = machine.from_rank_0(self.folder.open(self.resume, self.restarted) if self.rank == 0 else None)
-        return checkpoints.load_checkpoint(path, mmap=self.device.type == "cuda") if path else None
+        path = distributed.from_rank_0(self.folder.open(self.resume, self.restarted) if self.rank == 0 else None)
+        return load_checkpoint(path, mmap=self.device.type == "cuda") if path else None
 
     def begin(self, checkpoint, stateful, settings):
         """Continue from the checkpoint; without one, begin at step 0.
@@ -103,7 +105,7 @@ class Run:
                 self.diverged()
             yield step
             if step == first:
-                machine.set_timeout(self.collective_timeout)
+                distributed.set_timeout(self.collective_timeout)
             elif step == first + 1 and (warning := short_shutdown(self.clock.last, self.checkpoint_bytes())):
                 self.say(warning)
 
@@ -135,7 +137,7 @@ class Run:
     def diverged(self):
         """End the run, with the checkpoints of the skipped steps set aside, so that a resume begins before them."""
         first = self.step - self.nonfinite
-        before = machine.from_rank_0(checkpoints.set_aside(self.folder.path, first) if self.rank == 0 else None)
+        before = distributed.from_rank_0(checkpoints.set_aside(self.folder.path, first) if self.rank == 0 else None)
         raise UserError(
             f"not finite in {self.nonfinite} steps in a row up to step {self.step - 1}: try a lower max_lr or --dtype "
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"

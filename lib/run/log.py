@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from lib.common import UserError, atomic_write, say
+from lib.console import UserError, say
+from lib.files import atomic_write
 
 RECORD = re.compile(rb"(\d+) (train|val|hella) -?(\d+\.\d+|nan|inf)")
 

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from lib.machine import sum_over_ranks
+from lib.distributed import sum_over_ranks
 
 DISK_SPEED = 5e8  # bytes/s, of a slow one
 

@@ -5,7 +5,8 @@ GPT-2 in Hugging Face's layout: the names and shapes of its config and weights, 
 import json
 from pathlib import Path
 
-from lib.common import EOT, UserError, get_tokenizer
+from lib.console import UserError
+from lib.tokenizer import EOT, get_tokenizer
 
 CONFIG = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
 FIXED = {  # what our code computes; these are also the defaults of a config.json that does not say

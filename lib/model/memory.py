@@ -9,8 +9,8 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.common import UserError
-from lib.machine import sum_over_ranks
+from lib.console import UserError
+from lib.distributed import sum_over_ranks
 
 
 def rehearse(model, optimizer, B, T, vocab_size, device, autocast):

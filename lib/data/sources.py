@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import hub
-from lib.common import UserError
-from lib.shards import sample_hash
+from lib.console import UserError
+from lib.data import hub
+from lib.files import sample_hash
 
 TEXT_SUFFIXES = (".parquet", *(text + zipped for text in (".jsonl", ".txt") for zipped in ("", ".gz", ".zst")))
 

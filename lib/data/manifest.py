@@ -1,19 +1,59 @@
 """
-The folder of shards while fineweb.py builds it: its manifest, its disk, and what is cleared away.
+The manifest of a folder of shards, and the folder while fineweb.py builds it.
 """
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-from lib.common import UserError, atomic_write, say
-from lib.shards import SHARD_NAME, hash_file, open_shard, read_manifest
+from lib.console import UserError, say
+from lib.data.shards import SHARD_NAME, open_shard, split_of
+from lib.files import ROOT, atomic_write, hash_file
 
 DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone, since it is deleted whole
 # Tokens per byte of a file of English, a little above the truth (FineWeb-Edu: 0.35 as .parquet, 0.21 as .jsonl)
 TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".txt": 0.25, ".gz": 0.6, ".zst": 0.7, ".bin": 0.5}
+# What a manifest holds; an unfinished one also says how to go on. fineweb.py writes more, which nobody relies on
+MANIFEST = {"complete": bool, "shards": list}
+UNFINISHED = {"tokens": int, "documents": int, "skipped_empty": int, "shard_size": int, "files": list, "progress": dict}
+SHARD = {"file": str, "tokens": int, "sha256": str}
+PROGRESS = {"file": int, "row": int, "skip": int}
+
+
+def check_fields(record, fields):
+    """Raise ValueError unless the record is a dict that holds these fields with values of these types."""
+    for name, kind in fields.items():
+        if not isinstance(record, dict) or type(record.get(name)) is not kind:
+            raise ValueError(f'no "{name}" of type {kind.__name__} in {json.dumps(record)[:100]}')
+
+
+def read_manifest(folder):
+    """The manifest of a folder of shards, or None where it has none (shards made by other tools). Raises UserError
+    for one that is not as fineweb.py writes it."""
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        check_fields(manifest, MANIFEST)
+        for shard in manifest["shards"]:
+            check_fields(shard, SHARD)
+        if not manifest["complete"]:
+            check_fields(manifest, UNFINISHED)
+            check_fields(manifest["progress"], PROGRESS)
+            for file in manifest["files"]:
+                check_fields(file, {"file": str})
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is unfinished or damaged: {error}. If fineweb.py made the folder, delete it and build it again; "
+            "if the file is another program's, choose another folder for the shards"
+        ) from None
+    return manifest
 
 
 def find_manifest(out, wanted, verify=False):
@@ -88,3 +128,17 @@ def removed_if_empty(out):
                     break
                 time.sleep(0.1)
         raise
+
+
+def build_missing(source, data_dir):
+    """Have fineweb.py make the shards of a folder that is missing or unfinished."""
+    manifest = read_manifest(data_dir)
+    # fineweb.py writes the manifest before the first shard: shards without one are another program's, and whole
+    foreign = os.listdir(data_dir) if not manifest and os.path.isdir(data_dir) else []
+    if not any(map(split_of, foreign)) and not (manifest and manifest["complete"]):
+        if any(name != "lock" and not name.startswith(".") and not name.endswith(".tmp") for name in foreign):
+            raise UserError(f"{data_dir}/ holds other files and no shards: make those with python fineweb.py")
+        command = ["fineweb.py", "--source", source, "--out", data_dir]
+        say(f"{data_dir}/ is {'unfinished' if manifest else 'missing'}, building it: python {' '.join(command)}")
+        if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
+            raise UserError(f"building {data_dir} failed, see above")

@@ -5,8 +5,9 @@ Published runs to compare with: assets/reference_runs.csv, which says where each
 import csv
 import math
 from itertools import groupby, pairwise
-from pathlib import Path
 from typing import NamedTuple
+
+from lib.files import ROOT
 
 SIZES = {(12, 768): "124M", (24, 1024): "350M", (36, 1280): "774M", (48, 1600): "1558M"}  # by n_layer and n_embd
 DATASETS = ("fineweb-edu", "fineweb")
@@ -36,7 +37,7 @@ def dataset_of(shards):
 
 def published(size):
     """The published runs and models of a size."""
-    with open(Path(__file__).parent.parent / "assets" / "reference_runs.csv") as file:
+    with open(ROOT / "assets" / "reference_runs.csv") as file:
         rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if size in row["run"].split()]
 
     def points(rows, column):

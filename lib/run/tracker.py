@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.common import say
+from lib.console import say
+from lib.files import ROOT
 
 PATIENCE = 10  # seconds that the end of a run waits for such a process, which goes on by itself after them
 
@@ -20,8 +21,7 @@ PATIENCE = 10  # seconds that the end of a run waits for such a process, which g
 def start_beside(*command, **streams):
     """Start a Python program that leaves the CPU to the run, and the signals that end it."""
     nice = ["nice", "-n", "19"] if shutil.which("nice") else []
-    root = Path(__file__).parent.parent
-    return subprocess.Popen([*nice, sys.executable, *command], cwd=root, start_new_session=True, **streams)
+    return subprocess.Popen([*nice, sys.executable, *command], cwd=ROOT, start_new_session=True, **streams)
 
 
 def wait_for(process):
@@ -38,7 +38,7 @@ class Tracker:
     def start(self, log_dir, step, settings):
         """Begin or continue the curves of log_dir at a step."""
         if self.kind:
-            command = "-c", "from lib.tracker import follow; follow()", self.kind, Path(log_dir).absolute()
+            command = "-c", "from lib.run.tracker import follow; follow()", self.kind, Path(log_dir).absolute()
             self.process = start_beside(*command, stdin=subprocess.PIPE)
             os.set_blocking(self.process.stdin.fileno(), False)
             self.send(step, settings)

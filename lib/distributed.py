@@ -1,27 +1,18 @@
 """
-The machine: the ranks of torchrun (alone, without it, there is one), the device, what it can do.
+The ranks of torchrun; alone, without it, there is one.
 """
 
 import contextlib
 import hashlib
 import os
-import re
 import time
 import uuid
 from datetime import timedelta
-from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 
-from lib.common import UserError, say
-
-# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, by a word or words of the device's name
-PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
-    "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125,
-    "RTX A6000": 155, "RTX 6000 Ada": 364, "RTX 4090": 165, "RTX 3090 Ti": 80, "RTX 3090": 71, "V100": 125, "T4": 65,
-}  # fmt: skip
+from lib.console import UserError
 
 
 @contextlib.contextmanager
@@ -103,44 +94,3 @@ def from_rank_0(value):
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
-
-
-def name_and_peak(device):
-    """The device's name, and its PEAK_TFLOPS where that is known, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return name, peak_tflops(name)
-
-
-def peak_tflops(name):
-    if re.search(r"\b(Laptop|MIG|Max-Q|4090 D)\b", name):  # a part of the chip, or slower than the card of its name
-        return None
-    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
-
-
-def check_device(name):
-    """Raise UserError where torch has no device of that name here."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise UserError(f"no device {name!r} here, choose cuda, mps or cpu with -d: {str(error):.80}") from None
-
-
-def choose_dtype(name, device):
-    """The torch.dtype of a name; auto is 16 bits on CUDA (bfloat16 where it has that), float32 elsewhere."""
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32 if name == "auto" else getattr(torch, name)
-
-
-def choose_compile(wanted, device):
-    """Whether to compile: as wanted, or, where that is None, on CUDA."""
-    cuda = device.type == "cuda"
-    if wanted is not False and cuda and (torch.cuda.get_device_capability() < (7, 0) or not find_spec("triton")):
-        say("warning: torch.compile is off: it takes pip install triton, and a GPU of compute capability 7.0")
-        return False
-    return cuda if wanted is None else wanted
-
-
-def to_device(tensors, device):
-    """Copy to the device; to CUDA from pinned memory, so that the host runs ahead instead of waiting for the copy."""
-    return [t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device) for t in tensors]

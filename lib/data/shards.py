@@ -1,0 +1,47 @@
+"""
+Token shards: the names of the files and their formats.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lib.console import UserError
+
+SPLITS = ("train", "val")
+SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
+
+
+def split_of(name):
+    """ "train" or "val" for the name of a shard, None for any other name."""
+    match = SHARD_NAME.fullmatch(name)
+    return match and match["split"]
+
+
+def check_shard_set(paths):
+    """Raise UserError unless these token shards can lie in one folder and have both splits."""
+    for split in SPLITS:
+        if not any(split_of(Path(path).name) == split for path in paths):
+            raise UserError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
+    of_name = {}
+    for path in paths:
+        if (other := of_name.setdefault(Path(path).name, path)) != path:
+            raise UserError(f"{other} and {path} have one name: choose the folder of one of them with --name")
+
+
+def open_shard(path):
+    """Memory-map a shard: a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16)."""
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            header = np.fromfile(path, "<i4", 256)
+            tokens = np.memmap(path, "<u2", mode="r", offset=1024)
+            if len(header) < 3 or tuple(header[:3]) != (20240520, 1, len(tokens)):
+                raise ValueError(f"its header {header[:3]} should be 20240520, 1 and its {len(tokens)} tokens")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
+            raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
+    return tokens

@@ -1,0 +1,81 @@
+"""
+The checkpoints in the folder of a run.
+"""
+
+import errno
+import os
+import re
+
+from lib.checkpoint import load_checkpoint, write_checkpoint
+from lib.console import UserError, say
+
+NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; other names in the folder are other people's
+GONE = "is gone, and with it the run: start again, or put it back and resume"
+
+
+def step_of(path):
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def list_checkpoints(log_dir):
+    """The checkpoints in a folder, by their steps."""
+    return sorted((path for path in log_dir.iterdir() if NAME.fullmatch(path.name) and path.is_file()), key=step_of)
+
+
+def remove(path):
+    try:
+        path.unlink()
+    except OSError as error:
+        say(f"warning: {path} cannot be removed: {error}")
+
+
+def save_checkpoint(log_dir, contents, keep, prune=True):
+    """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to it, where `prune` says so.
+
+    On a full disk the oldest spare one makes room, where `prune` allows it. Returns False, having said so, where it
+    could not be written; the newest of the older ones is intact then. Raises UserError where the folder is gone.
+    """
+    step = contents["step"]
+    path = log_dir / f"model_{step:05d}.pt"
+    for retry in (False, True):
+        try:
+            write_checkpoint(path, contents)
+            break
+        except (OSError, RuntimeError) as error:
+            if not log_dir.is_dir():
+                raise UserError(f"{log_dir}/ {GONE}") from None
+            older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if retry or not full or not prune or len(older) < 2:
+                say(f"WARNING: {path} COULD NOT BE SAVED, the older checkpoints are intact: {error}")
+                return False
+            say(f"warning: the disk is full: removing {older[0]} to make room for {path.name}")
+            remove(older[0])
+    if prune:
+        for old in [other for other in list_checkpoints(log_dir) if step_of(other) <= step][:-keep]:
+            remove(old)
+    say(f"step {step:5d} | saved {path}")
+    return True
+
+
+def newest_whole_checkpoint(log_dir):
+    """The path of the newest checkpoint that can be read, None where there are none. Names those that cannot."""
+    paths = list_checkpoints(log_dir)[::-1]
+    for path in paths:
+        try:
+            load_checkpoint(path)
+            return path
+        except UserError as error:
+            say(f"warning: {error}; falling back to the checkpoint before it")
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup")
+    return None
+
+
+def set_aside(log_dir, first_step):
+    """Rename the checkpoints from a step on, so that no resume takes them; return the newest of the others or None."""
+    paths = list_checkpoints(log_dir)
+    for path in paths:
+        if step_of(path) >= first_step:
+            os.replace(path, path.with_suffix(".pt.not_finite"))
+    return next((path for path in reversed(paths) if step_of(path) < first_step), None)
