@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from lib.console import UserError, run_as_command, say
-from lib.device import check_device
+from lib.device import check_device, default_device
 from lib.distributed import sum_over_ranks
 from lib.files import atomic_write
 from lib.model.load import check_vocabulary
@@ -210,7 +210,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
 def main():
     parser = argparse.ArgumentParser(description="Score a model on HellaSwag", allow_abbrev=False)
     parser.add_argument("-m", "--model", default="gpt2", help="OpenAI name, checkpoint or exported folder: %(default)s")
-    parser.add_argument("-d", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps, cpu")
+    parser.add_argument("-d", "--device", default=default_device(), help="cuda, mps, cpu")
     parser.add_argument("--data", help="a .jsonl of items (default: the validation set, fetched on first use)")
     parser.add_argument("--limit", type=int, help="score only the first N items")
     parser.add_argument("--style", choices=FIELDS, default="completion", help="default: %(default)s")

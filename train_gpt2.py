@@ -12,61 +12,64 @@ Measured: the demo's validation loss falls from 10.78 to 4.63 in 103 s on 2 CPU 
 A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
 """
 
+import contextlib
 import functools
 import math
 import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from lib import config as knobs
-from lib.checkpoint import load_checkpoint
-from lib.console import UserError, run_as_command, say
+from lib import config as configs
+from lib import device as devices
+from lib.console import Stopped, UserError, print0, report, run_as_command
 from lib.data.manifest import build_missing
 from lib.data.stream import ShardFolder, TokenStream, shuffle
-from lib.device import choose_compile, choose_dtype, to_device
-from lib.distributed import mean_over_ranks, sum_over_ranks, wait_for_all
-from lib.model import hugging_face, plan
-from lib.model import published as reference
-from lib.model.cpu_loss import ChunkedCrossEntropy
-from lib.model.load import rebuild
+from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
+from lib.model import load, plan, published
+from lib.model.cpu_loss import chunked_cross_entropy
 from lib.model.memory import fit_micro_batch
+from lib.run.folder import RunFolder
 from lib.run.run import Run
-from lib.tokenizer import EOT, get_tokenizer
+from lib.run.signals import handlers_restored
+from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 # -----------------------------------------------------------------------------
-# Knobs
+# Settings
 
 
 @dataclass
 class TrainConfig:
-    # where things are
-    data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
-    data_source: str = ""  # what fineweb.py builds a missing data_dir from; other ranks wait half an hour; "": nothing
-    log_dir: str = "log"  # folder for log.txt and checkpoints
-    init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint or export
-    # model: GPT-2 124M
+    # ---- the recipe: what changes the result
+    # model: GPT-2 124M; settings named as a field of GPTConfig are passed on to it
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads of a block, n_embd / n_head channels each
     n_embd: int = 768  # channels of the residual stream
     vocab_size: int = 50304  # GPT-2 has 50257 tokens; a multiple of 128 is faster, and the ids above are never sampled
-    sequence_length: int = 1024  # tokens
+    sequence_length: int = 1024  # tokens of a training sequence, and the block_size of a model from scratch
+    init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint or export
+    # data
+    data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
+    data_source: str = ""  # what fineweb.py builds a missing data_dir from; other ranks wait half an hour; "": nothing
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
     total_batch_size: int = 524288  # tokens per optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = 64  # sequences per forward pass on one rank, at most; fewer where memory is short
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 715  # steps of linear warm-up; these are 375M tokens
     max_lr: float = 6e-4  # learning rate after the warm-up
     min_lr_ratio: float = 0.1  # the cosine ends at this share of max_lr
     weight_decay: float = 0.1  # on matrices and embeddings only
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0: no clipping
+    dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
+    seed: int = 1337  # of the initial weights, the data order and the samples
+    # ---- the run: what does not
     # evaluation and output
+    log_dir: str = "log"  # folder for log.txt and checkpoints
     log_every: int = 1  # steps from one line on the console to the next; log.txt has every step
     val_every: int = 250  # steps from one validation loss to the next; 0: none
     val_tokens: int = 10485760  # tokens per validation, over all ranks
@@ -79,9 +82,8 @@ class TrainConfig:
     keep_checkpoints: int = 3  # how many of the newest stay on disk
     tracker: str = ""  # tensorboard | wandb, with what the console says; "": neither
     # machine
-    seed: int = 1337  # of the initial weights, the data order and the samples
+    micro_batch_size: int = 64  # sequences per forward pass on one rank, at most; reduced if memory runs out
     device: str = "auto"  # auto | cuda | mps | cpu
-    dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
     activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
     max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
@@ -89,8 +91,6 @@ class TrainConfig:
     plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours) and exit
     plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
 
-
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # learning rates and batch sizes of the GPT-3 paper's models of like size (Brown et al., 2020, table 2.1)
 PRESETS = {
@@ -110,7 +110,7 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The command line as a TrainConfig: the defaults, the preset's overrides, then the flags."""
-    return knobs.parse_args(TrainConfig, PRESETS, "Train GPT-2", argv)
+    return configs.parse_args(TrainConfig, PRESETS, "Train GPT-2", argv)
 
 
 # -----------------------------------------------------------------------------
@@ -120,10 +120,16 @@ def parse_args(argv=None):
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence
-    vocab_size: int = 50257
+    vocab_size: int = VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+
+    @classmethod
+    def of(cls, config):
+        """That of a model from scratch: the settings of the same names."""
+        same = [field.name for field in fields(cls) if hasattr(config, field.name)]
+        return cls(block_size=config.sequence_length, **{name: getattr(config, name) for name in same})
 
 
 class CausalSelfAttention(nn.Module):
@@ -234,8 +240,8 @@ class GPT(nn.Module):
         """
         x = self.hidden_states(idx)
         if targets is not None and not return_logits and x.device.type == "cpu":
-            # the same loss, a chunk of the logits at a time: on CPUs they are bound by memory
-            return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            # head and loss in one, a chunk of the logits at a time: CPUs are bound by the memory that all of them take
+            return None, chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return (logits if return_logits else None), loss
@@ -243,21 +249,13 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """OpenAI's weights from the Hugging Face hub: gpt2 (124M), gpt2-medium, gpt2-large or gpt2-xl."""
-        if name not in OPENAI_MODELS:
-            raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
-        try:
-            from transformers import GPT2LMHeadModel
-
-            theirs = GPT2LMHeadModel.from_pretrained(name)
-        except (ImportError, OSError) as error:
-            raise UserError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
-        return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), cls, GPTConfig)
+        return load.from_openai(name, cls, GPTConfig)
 
     def flops_per_token(self, T=None):
         """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention. T: the
         length of the sequences, block_size unless told."""
         c = self.config
-        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        weights = sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
         return 6 * weights + 6 * c.n_layer * c.n_embd * (T or c.block_size)
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type):
@@ -272,28 +270,7 @@ class GPT(nn.Module):
 
 def load_model(name):
     """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint or of a folder by tools/export_hf.py."""
-    if name in OPENAI_MODELS:
-        return GPT.from_pretrained(name)
-    if not Path(name).exists():
-        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
-    read = hugging_face.read_folder if Path(name).is_dir() else load_checkpoint
-    return rebuild(read(name), GPT, GPTConfig)
-
-
-def initial_model(init_from, shape, checkpoint):
-    """The GPT that a run starts with, on the CPU: from its own checkpoint, from scratch with the GPTConfig `shape`, or
-    from other weights, which must have room for it."""
-    if checkpoint:
-        return rebuild(checkpoint, GPT, GPTConfig)
-    if init_from in ("scratch", "resume"):
-        return GPT(shape)
-    model, T, V = load_model(init_from), shape.block_size, shape.vocab_size
-    if model.config.block_size < T or model.config.vocab_size < min(V, 50257):  # OpenAI's weights have no padded ids
-        raise UserError(
-            f"{init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
-            f"sequence_length from {T} and vocab_size from {V} to those"
-        )
-    return model
+    return load.load_model(name, GPT, GPTConfig)
 
 
 # -----------------------------------------------------------------------------
@@ -409,7 +386,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
     for _ in range(max_new_tokens):
         idx = idx[:, -c.block_size :]
         hidden = model.hidden_states(idx[:, start:], cache, start)
-        logits = model.head(hidden[:, -1])[:, :50257].nan_to_num()  # not the padding; a diverged run samples, too
+        logits = model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num()  # not the padding; a diverged run samples, too
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
         start = 0 if idx.size(1) == c.block_size else idx.size(1)  # full: the window slides, every position changes
@@ -434,6 +411,56 @@ def sample(model, prompt, device, seed, temperature=1.0, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
+# Ranks, devices, precision
+
+
+@contextlib.contextmanager
+def process_group(device, timeout):
+    """Join torchrun's process group and leave it on exit: yields (rank, local_rank, world_size, device).
+
+    Without torchrun there is one rank and no group. device: "auto" or a type; on CUDA, each rank has the GPU of its
+    local_rank. timeout: seconds to wait for a dead or hung rank; longer until the first step is done, and on exit.
+    """
+    rank, local_rank, world_size = torchrun_ranks()
+    device = devices.choose_device(device, local_rank, in_group=world_size > 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size:
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        store = new_store(rank, world_size, max(60, timeout))
+        dist.init_process_group(**backend, store=store, rank=rank, world_size=world_size)
+        set_timeout(max(SETUP_TIMEOUT, timeout))
+    try:
+        yield rank, local_rank, max(1, world_size), device
+    except BaseException as error:
+        if world_size > 1 and not isinstance(
+            error, Stopped
+        ):  # leaving in order would wait for ranks that wait for this
+            os._exit(report(error))
+        raise
+    finally:
+        if world_size:
+            set_timeout(max(SETUP_TIMEOUT, timeout))
+            wait_for_all()  # a rank that leaves early takes its connections from the others
+            dist.destroy_process_group()
+
+
+def mean_over_ranks(tensor):
+    """The mean of a tensor over all ranks, in place; gloo cannot average, so sum and divide."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def choose_dtype(name, device):
+    """The type of the matrix products: as named, or for "auto" 16 bits on CUDA (bfloat16 where it has that)."""
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if name == "auto" else getattr(torch, name)
+
+
+# -----------------------------------------------------------------------------
 # One step
 
 
@@ -445,7 +472,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     """
     loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
-        x, y = to_device(loader.next_batch(), device)
+        x, y = devices.to_device(loader.next_batch(), device)
         # DDP reads this in its forward: the ranks average their gradients once a step, during the last backward
         model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast():  # the gradients of all micro-batches add up to that of the mean over the batch
@@ -456,8 +483,8 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     loss = mean_over_ranks(loss).item()  # .item() waits for it
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for group in optimizer.param_groups:  # a group may have a rate of its own, in proportion
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     # a NaN would stay in AdamW's moments for good: skip it. float16's gradients overflow now and then by design: its
     # scaler skips those itself and lowers its scale, which is 1 for other types. loss and norm are equal on all ranks
     finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
@@ -472,77 +499,88 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 # The run
 
 
-def train(config, run):
-    """Train by config, a TrainConfig, within run, a lib.run.Run that is open."""
+def train(config, ranks, folder):
+    """Train by config, a TrainConfig, on the ranks of process_group, in a RunFolder. Returns the last metrics."""
+    rank, local_rank, world_size, device = ranks
     # data: shards that fineweb.py made, of which the val split is never trained on
-    T, device = config.sequence_length, run.device
+    T = config.sequence_length
     sequences = config.total_batch_size // T  # of a step, over all ranks
-    if run.local_rank == 0 and config.data_source:
+    if local_rank == 0 and config.data_source:
         build_missing(config.data_source, config.data_dir)
     wait_for_all()
     data = ShardFolder(config.data_dir)
     data.check(T, sequences)
-    hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
-    checkpoint = run.open_folder()  # the newest, where this run resumes; else None
+    hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
+    checkpoint = folder.open(mmap=device.type == "cuda")  # the newest, where this run resumes; else None
+    config = replace(config, init_from=folder.begun_from(config.init_from, checkpoint))
 
     # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model`
     # for the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-    shape = GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-    model = initial_model(config.init_from, shape, checkpoint).to(device)
-    compiled = ddp = torch.compile(model, dynamic=False) if choose_compile(config.compile, device) else model
-    if run.world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
+    model = load.initial_model(config.init_from, GPTConfig.of(config), checkpoint, GPT).to(device)
+    compiled = ddp = torch.compile(model, dynamic=False) if devices.choose_compile(config.compile, device) else model
+    if world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
         megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
     # optimizer, and the precision of the matrix products
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / config.max_lr if config.max_lr else 1.0
     dtype = choose_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
-    run.say(plan.headline(config, model, run, dtype, compiled is not model))
+    gpu, peak_tflops = devices.name_and_peak(device)
+    print0(plan.headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
 
-    # what every checkpoint holds, these states and settings; a run that resumes takes the states of its own back
-    settings = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
-    run.begin(checkpoint, {"model": model, "optimizer": optimizer, "scaler": scaler}, settings)
+    # a checkpoint holds the state_dict of these, which a resume loads, the facts, and from Run the step, the last
+    # val_loss, the random state and the commit (lib/checkpoint.py: torch.save, complete or not there)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
+    run = Run(
+        folder, device, state, facts, checkpoint, config.max_steps, config.max_nonfinite, config.collective_timeout
+    )
     del checkpoint  # its memory
 
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
-    share = sequences // run.world_size  # sequences of each rank
+    share = sequences // world_size  # sequences of each rank
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
     B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
     grad_accum_steps = share // B
-    run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
-    train_loader = DataLoaderLite(B, T, run.rank, run.world_size, "train", data, model.config.vocab_size, config.seed)
+    print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
+    train_loader = DataLoaderLite(B, T, rank, world_size, "train", data, model.config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
-    val_loader = DataLoaderLite(B, T, run.rank, run.world_size, "val", data, model.config.vocab_size)
+    val_loader = DataLoaderLite(B, T, rank, world_size, "val", data, model.config.vocab_size)
     val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
-    for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token(T)):
+    for step in run.steps():
         # once in a while, which is every so many steps and at the last: the loss on tokens that are never trained on
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
-            comparison = reference.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
-            run.record("val", val_loss, comparison)
+            run.record(val=val_loss)
+            comparison = published.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
+            run.say(f"val loss {val_loss:.4f}{comparison}")
 
         # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
             with run.clock.timing("HellaSwag"), autocast():
-                _, by_norm, items = sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop))
-            run.record("hella", (by_norm / items).item())
+                _, right, items = sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop)).tolist()
+            run.record(hella=right / items)
+            run.say(f"HellaSwag {right / items:.4f}")
 
         # once in a while: read what it writes
-        if run.rank == 0 and run.due(config.sample_every):
+        if rank == 0 and run.due(config.sample_every):
             with run.clock.timing("samples"), autocast():
                 texts = sample(model, config.sample_prompt, device, config.seed, config.sample_temperature)
-            run.say("\n".join(f"step {step:5d} | sample {text!r}" for text in texts))
+            for text in texts:
+                run.say(f"sample {text!r}")
 
         # once in a while: the curves so far, as a picture
-        if run.rank == 0 and run.due(config.plot_every):
-            flags = reference.flags(config.total_batch_size, model.config, data.facts)
-            run.folder.draw(flags, last=step == config.max_steps)
+        if rank == 0 and run.due(config.plot_every):
+            flags = published.flags(config.total_batch_size, model.config, data.facts)
+            folder.draw(flags, last=step == config.max_steps)
 
         # once in a while: save all that it takes to go on from here
         if step > 0 and run.due(config.checkpoint_every):
@@ -552,33 +590,40 @@ def train(config, run):
         if step == config.max_steps:
             break
 
-        # always: one step
+        # always: one step, its line on the console, and its records in log.txt
         lr = get_lr(step, config)
         with run.clock.timing("training"):
             loss, norm, finite = train_step(
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
-        run.record_step(loss, norm, lr, finite, show=run.due(config.log_every))
+        speed = config.total_batch_size / run.clock.last  # tokens/s
+        mfu = speed * model.flops_per_token(T) / (world_size * (peak_tflops or math.inf) * 1e12)
+        run.record(train=loss, lr=lr, norm=norm)
+        run.track(tokens_per_second=speed, mfu=mfu)
+        if run.due(config.log_every) or not finite:
+            print0(
+                f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+                f"{1000 * run.clock.last:.2f} ms | {speed:,.0f} tok/s | " + (f"MFU {mfu:.1%} | " if mfu else "")
+                + f"{run.time_left()} left" + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
+            )  # fmt: skip
+        run.count_finite(finite)
     score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
-    run.finish(f'python -m tools.sample CHECKPOINT --prompt "{config.sample_prompt}"{score}')
+    return run.finish(f'python -m tools.sample CHECKPOINT --prompt "{config.sample_prompt}"{score}')
 
 
 def main(config):
     """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
 
-    Raises UserError for what the user can put right.
+    Raises UserError for what the user can fix. A signal ends the run once it is saved: SystemExit, or KeyboardInterrupt
+    for Ctrl-C.
     """
-    config = knobs.check(config, int(os.environ.get("WORLD_SIZE", 1)), OPENAI_MODELS)
+    config = configs.check(config, max(1, torchrun_ranks()[2]), load.OPENAI_MODELS)
     if config.plan:
-        say(plan.describe(config))
+        print0(plan.describe(config, load.on_meta(GPT, GPTConfig.of(config))))
         return {}
-    resume = config.init_from == "resume"
-    with Run(
-        config.log_dir, config.device, resume, config.keep_checkpoints, config.max_nonfinite, config.collective_timeout,
-        config.tracker,
-    ) as run:  # fmt: skip
-        train(config, run)
-    return run.metrics
+    folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
+    with handlers_restored(), process_group(config.device, config.collective_timeout) as ranks, folder:
+        return train(config, ranks, folder)
 
 
 if __name__ == "__main__":

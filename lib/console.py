@@ -14,6 +14,18 @@ class UserError(ValueError):
     """Something that the user can put right. The message says what was found, what was expected and what to do."""
 
 
+class Stopped(SystemExit):
+    """A signal has stopped the run, on all its ranks, and what it did is saved; `number` is the signal's."""
+
+    def __init__(self, number):
+        super().__init__(128 + number)
+        self.number = number
+
+
+class Interrupted(Stopped, KeyboardInterrupt):
+    """The same of Ctrl-C, for which Python has an exception of its own."""
+
+
 def say(message, stream=None):
     """Print a line at once. A console that is gone (a closed pipe, a full disk) becomes /dev/null: the run goes on."""
     stream = stream or sys.stdout
@@ -29,6 +41,12 @@ def say(message, stream=None):
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def print0(message):
+    """Print a line on rank 0 only."""
+    if os.environ.get("RANK", "0") in ("0", ""):
+        say(message)
+
+
 def report(error):
     """Say an error that ends the program, on stderr: a UserError as one line, any other with its traceback. Returns
     the exit code."""
@@ -41,26 +59,42 @@ def report(error):
 def run_as_command(run, *args):
     """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
 
-    A run that a signal ended exits with 128 + the signal's number, but with 0 under torchrun, which would restart it,
-    unless one machine's torchrun was killed.
+    A program that a signal stopped dies of that signal, or the loop of a shell would start the next run; under torchrun
+    it exits with 0, or torchrun would restart it, unless one machine's torchrun was killed.
     """
-    is_rank, result, code = "TORCHELASTIC_RUN_ID" in os.environ, None, 0
+    is_rank, code, number = "TORCHELASTIC_RUN_ID" in os.environ, 0, None
     try:
         result = run(*args)
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+    except Stopped as error:
+        number = error.number
     except Exception as error:
         if not is_rank and not isinstance(error, UserError):
             raise
         code = report(error)
-    if isinstance(result, dict) and "signal" in result and (not is_rank or result["signal"] == signal.SIGKILL):
-        code = 128 + result["signal"]
     if is_rank:
-        exit_at_once(code)
+        exit_at_once(128 + signal.SIGKILL if number == signal.SIGKILL else code)
+    if number:
+        die_of(number)
     return sys.exit(code) if code else result
+
+
+def die_of(number):
+    """End the program by the signal, as if it had not been caught."""
+    end_output()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # where the signal is blocked
+
+
+def end_output():
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is gone, closed, or None
+        sys.stdout.flush()
 
 
 def exit_at_once(code):
     """End a rank without Python's own end, in which a thread of gloo that lives on can abort the process."""
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is gone, closed, or None
-        sys.stdout.flush()
+    end_output()
     os._exit(code)

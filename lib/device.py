@@ -29,6 +29,12 @@ def peak_tflops(name):
     return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
+def default_device():
+    """The type of the best device here."""
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else mps
+
+
 def check_device(name):
     """Raise UserError where torch has no device of that name here."""
     try:
@@ -37,11 +43,19 @@ def check_device(name):
         raise UserError(f"no device {name!r} here, choose cuda, mps or cpu with -d: {str(error):.80}") from None
 
 
-def choose_dtype(name, device):
-    """The torch.dtype of a name; auto is 16 bits on CUDA (bfloat16 where it has that), float32 elsewhere."""
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32 if name == "auto" else getattr(torch, name)
+def choose_device(name, local_rank, in_group):
+    """The device of a rank, by a type or "auto". Raises UserError where it is not there."""
+    if name == "auto":
+        name = default_device()
+        name = "cpu" if name == "mps" and in_group else name  # gloo cannot sum on an Apple GPU
+    if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(name, torch.cpu).is_available() is False:
+        raise UserError(f"device is {name}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
+    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"local rank {local_rank} has no GPU, this machine has {count}: give torchrun --nproc_per_node={count}, or "
+            "check CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device(name, local_rank if name == "cuda" else None)
 
 
 def choose_compile(wanted, device):

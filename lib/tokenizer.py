@@ -7,6 +7,7 @@ import functools
 from lib.files import ROOT
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2, and the last
+VOCAB_SIZE = EOT + 1  # tokens; a model may have more ids, which only pad its matrices
 
 
 @functools.cache
@@ -24,5 +25,5 @@ def get_tokenizer():
             expected_hash="306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
         ),
         special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=50257,
+        explicit_n_vocab=VOCAB_SIZE,
     )

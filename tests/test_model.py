@@ -6,7 +6,8 @@ import torch
 from support import PROBES, losses, run, run_warm
 
 from lib.console import UserError
-from train_gpt2 import GPT, ChunkedCrossEntropy, GPTConfig, TrainConfig, generate, get_lr
+from lib.model.cpu_loss import ChunkedCrossEntropy
+from train_gpt2 import GPT, GPTConfig, TrainConfig, generate, get_lr
 
 SMALL = GPTConfig(block_size=64, vocab_size=1000, n_layer=3, n_head=4, n_embd=64)
 

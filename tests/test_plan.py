@@ -1,11 +1,11 @@
 """The plan says what a run then takes."""
 
 import pytest
-import torch
 from support import load, losses, run
 
 from lib.device import peak_tflops
 from lib.model import plan
+from lib.model.load import on_meta
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, main
 
 
@@ -16,12 +16,12 @@ def config_of(preset, **overrides):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_and_operations_are_those_of_the_model(preset):
     c = config_of(preset)
-    with torch.device("meta"):
-        model = GPT(GPTConfig(c.sequence_length, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-    assert sum(plan.count_parameters(c).values()) == sum(p.numel() for p in model.parameters())
-    assert plan.flops_per_token(c) == model.flops_per_token()
-    short = c.sequence_length // 2  # the positions do not count
-    assert plan.flops_per_token(config_of(preset, sequence_length=short)) == model.flops_per_token(short)
+    model = on_meta(GPT, GPTConfig.of(c))
+    parts = plan.count_parameters(model)
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    assert parts["blocks"] == c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)  # 9 of 13 biases, 4 layer norms
+    n = sum(parts.values()) - c.sequence_length * c.n_embd  # the positions do not count
+    assert model.flops_per_token() == 6 * n + 6 * c.n_layer * c.n_embd * c.sequence_length
 
 
 def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
@@ -31,16 +31,19 @@ def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
     checkpoint = load(path)
     moments = sum(v.nbytes for s in checkpoint["optimizer"]["state"].values() for v in s.values() if v.dim())
     weights = {p.data_ptr(): p.nbytes for p in checkpoint["model"].values()}  # the tied matrix once
-    n = sum(plan.count_parameters(c).values())
+    n = sum(plan.count_parameters(on_meta(GPT, GPTConfig.of(c))).values())
     assert sum(weights.values()) == 4 * n and moments == 8 * n
-    assert plan.state_bytes(c) == 4 * n + 4 * n + 8 * n + 2 * n  # weights, gradients, moments, the 16-bit copy
+    assert plan.state_bytes(n) == 4 * n + 4 * n + 8 * n + 2 * n  # weights, gradients, moments, the 16-bit copy
     assert path.stat().st_size == pytest.approx(12 * n, abs=50_000)
 
 
 @pytest.mark.parametrize("sequences, measured", [(32, 14.4), (64, 26.6)])
 def test_memory_is_what_an_h200_took(sequences, measured):
     """Measured with GPT-2 124M, T=1024, bfloat16, compile, torch 2.11.0, 2026-11-22."""
-    assert plan.memory_bytes(config_of("gpt2"), sequences) / 2**30 == pytest.approx(measured, rel=0.03)
+    c = config_of("gpt2")
+    n = sum(p.numel() for p in on_meta(GPT, GPTConfig.of(c)).parameters())
+    memory = plan.state_bytes(n) + plan.activation_bytes(c, sequences)
+    assert memory / 2**30 == pytest.approx(measured, rel=0.03)
 
 
 def test_the_command_prints_it_and_writes_nothing(tmp_path):

@@ -17,7 +17,8 @@ from train_gpt2 import TrainConfig, main, parse_args
 def test_a_run_leaves_its_log_and_checkpoints(tiny, tmp_path, capsys):
     metrics = main(tiny(max_steps=21, keep_checkpoints=2))
     log = read_log(tmp_path / "log")
-    assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in log.splitlines())
+    record = r"\d+ (train \d+\.\d{6}|val \d+\.\d{4}|lr \d\.\d{4}e-\d\d|norm \d+\.\d{4})"
+    assert all(re.fullmatch(record, line) for line in log.splitlines())
     train, val = losses(tmp_path / "log", "train"), losses(tmp_path / "log", "val")
     assert list(train) == list(range(21)) and list(val) == [0, 5, 10, 15, 20, 21]  # the weights of the last update too
     assert val[21] < val[0] - 1 and metrics["step"] == 21 and abs(metrics["val_loss"] - val[21]) < 1e-4
@@ -164,7 +165,7 @@ def test_refusals_name_the_remedy_and_write_nothing(message, tiny, tmp_path):
     with pytest.raises(UserError) as error:
         main(config)
     assert message in str(error.value)
-    assert {path.name for path in tmp_path.glob("log/*")} <= {"lock"}
+    assert {path.name for path in tmp_path.glob("log/*")} <= {"lock", "config.json"}
 
 
 def test_the_front_door_exits_with_2_and_no_traceback(tiny, tmp_path):

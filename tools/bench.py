@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
-from lib.device import choose_dtype, name_and_peak
+from lib.device import name_and_peak
 from lib.model.memory import fit_in_memory
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, choose_dtype
 
 
 def one_at_a_time(model, item, device):

@@ -10,8 +10,7 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
-from lib.device import choose_dtype
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, choose_dtype
 
 CUDA_ONLY = ("TF32", "16 bits", "compile")  # 16 bits: bfloat16, or float16 on GPUs without it
 LADDER = ("plain float32", *CUDA_ONLY, "flash attention", "padded vocabulary", "fused AdamW", "no logits kept")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lib.console import UserError, run_as_command
-from lib.device import check_device
+from lib.device import check_device, default_device
 from lib.model.load import check_vocabulary
 from lib.tokenizer import EOT, get_tokenizer
 from train_gpt2 import load_model, stream
@@ -100,7 +100,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = default_device()
     parser.add_argument("model", help="a checkpoint, an exported folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     parser.add_argument("--prompt", help="what to go on with, or FILE:name (default: standard input, or ask)")
     parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt (default: %(default)s)")

@@ -14,12 +14,17 @@ def logits_buffer(vocab_size, dtype):
     return buffers[vocab_size, dtype]
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T: x (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64.
+def chunked_cross_entropy(x, weight, targets):
+    """F.cross_entropy(x @ weight.T, targets): x (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64. Returns a
+    float32 scalar in nats per token."""
+    return ChunkedCrossEntropy.apply(x, weight, targets)
 
-    The logits of 2,048 tokens take 400 MB, and on CPU allocating and sweeping them costs more than the matrix products.
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The logits of 2,048 tokens take 400 MB, and on CPU allocating and sweeping them costs more than the products.
+
     Here all chunks of all steps share one buffer, and as softmax - onehot is the gradient, they compute it on the way.
-    Targets below 0 do not count. Returns a float32 scalar in nats per token.
+    Targets below 0 do not count.
     """
 
     @staticmethod

@@ -1,53 +1,143 @@
 """
-A model from what was saved of one, or a message that says what does not fit.
+A model from what was saved of one, here or elsewhere, or a message that says what does not fit.
 """
 
-import contextlib
-from dataclasses import fields
-from unittest import mock
+from dataclasses import MISSING, fields
+from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from lib.console import UserError
-from lib.tokenizer import EOT
+from lib.checkpoint import load_checkpoint
+from lib.console import UserError, print0
+from lib.model import hugging_face
+from lib.tokenizer import VOCAB_SIZE
+
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # of a GPTConfig, 1 or more
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def no_random_weights():
-    """Modules made within have what is in memory as their weights, which a checkpoint's then replace. That saves a
-    second of random numbers for 124M, and another on the meta device, where the first one imports torch's compiler."""
+class NoRandomWeights(TorchFunctionMode):
+    """Parameters made within keep what is in memory, which a checkpoint's then replace. That saves a second of random
+    numbers for 124M, and another on the meta device, where the first one imports torch's compiler. (Made on the meta
+    device and assigned to, a model would lack the buffers that no checkpoint holds.)"""
 
-    def leave(tensor, *args, **kwargs):
-        return tensor
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensor = (*args, *(kwargs or {}).values())[:1]
+        if function.__name__.endswith(("normal_", "uniform_")) and isinstance(*tensor, torch.nn.Parameter):
+            return tensor[0]
+        return function(*args, **(kwargs or {}))
 
-    return mock.patch.multiple(torch.Tensor, normal_=leave, uniform_=leave)
+
+def on_meta(model_class, config):
+    """A model without memory, to count its parameters."""
+    with torch.device("meta"), NoRandomWeights():
+        return model_class(config)
+
+
+def match_config(saved, config_class):
+    """The config of a checkpoint as this code has it: missing fields take their defaults, those that this code does not
+    have may be there if they are off (None, False, 0), and both are said. Raises UserError for others."""
+    known = {field.name: field.default for field in fields(config_class)}
+    missing, unknown = [[n for n in a if n not in b] for a, b in ((known, saved), (saved, known))]
+    if lacking := [name for name in missing if known[name] is MISSING]:
+        raise UserError(f"the checkpoint's model has no {', '.join(lacking)} in its config {saved}")
+    if foreign := {name: saved[name] for name in unknown if saved[name]}:
+        raise UserError(
+            f"the checkpoint's model has {foreign} in its config, which {config_class.__name__} of this code does not "
+            "have: use the code that it was trained with, or add the field"
+        )
+    for field in fields(config_class):
+        value, kind = saved.get(field.name, field.default), type(field.default)
+        if field.name in SIZES and (type(value) is not int or value < 1):
+            raise UserError(f"the checkpoint's model has {field.name} {value!r} in its config: it must be 1 or more")
+        if field.default is not None and not isinstance(value, float | int if kind is float else kind):
+            raise UserError(f"the checkpoint's model has {field.name} {value!r}, not of type {kind.__name__}")
+    notes = [f"{name} is {known[name]!r}, the default, since the checkpoint does not say" for name in missing]
+    notes += [
+        f"{name} is {saved[name]!r} in the checkpoint and ignored, since this code has no such field"
+        for name in unknown
+    ]
+    for note in notes:
+        print0(f"{config_class.__name__}: {note}")
+    return config_class(**{name: value for name, value in saved.items() if name in known})
 
 
 def rebuild(checkpoint, model_class, config_class):
     """The model of a checkpoint, on the CPU. Raises UserError where its weights are not those of its config, or the
     config is not one of this code."""
-    config, weights = checkpoint["config"], checkpoint["model"]
-    names = sorted(field.name for field in fields(config_class))
-    if sorted(config) != names or not all(isinstance(value, int) and value > 0 for value in config.values()):
-        raise UserError(f"the checkpoint's model has the config {config}: this code needs whole numbers for {names}")
+    config, weights = match_config(checkpoint["config"], config_class), checkpoint["model"]
     found = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
-    expected = {}
-    if config["n_layer"] <= len(weights) and config["n_embd"] % config["n_head"] == 0:
+    try:
+        if config.n_layer > len(weights) or config.n_embd % config.n_head:
+            raise ValueError(f"{len(weights)} weights, {config.n_embd} channels for {config.n_head} heads")
         # shapes alone: a wrong config can ask for any amount of memory, and for more than there are addresses
-        with torch.device("meta"), no_random_weights(), contextlib.suppress(RuntimeError, TypeError):
-            expected = {name: tuple(p.shape) for name, p in model_class(config_class(**config)).state_dict().items()}
+        meta = on_meta(model_class, config)
+        expected = {name: tuple(weight.shape) for name, weight in meta.state_dict().items()}
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"the checkpoint's model cannot be made from its config {checkpoint['config']}: {error}"
+        ) from None
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"the checkpoint's model does not fit its config {config}: {name} has the shape {found.get(name)}, "
-                f"not {expected.get(name)}"
+                f"the checkpoint's model does not fit its config {checkpoint['config']}: {name} has the shape "
+                f"{found.get(name)}, not {expected.get(name)}"
             )
-    with no_random_weights():
-        model = model_class(config_class(**config))
+    tied = {}
+    for name, parameter in meta.named_parameters(remove_duplicate=False):
+        other = tied.setdefault(parameter, name)
+        if other != name and not torch.equal(weights[name], weights[other]):
+            raise UserError(f"the checkpoint's {name} and {other} differ, which this code ties: it is of another model")
+    with NoRandomWeights():
+        model = model_class(config)
     model.load_state_dict(weights)
     return model
 
 
 def check_vocabulary(name, config):
     """Raise UserError where a model of this config does not know every token of GPT-2."""
-    if config.vocab_size <= EOT:
-        raise UserError(f"{name} knows {config.vocab_size} ids, fewer than the 50257 tokens of GPT-2, which this takes")
+    if config.vocab_size < VOCAB_SIZE:
+        raise UserError(
+            f"{name} knows {config.vocab_size} ids, fewer than the {VOCAB_SIZE} tokens of GPT-2, which this takes"
+        )
+
+
+def from_openai(name, model_class, config_class):
+    """OpenAI's weights from the Hugging Face hub."""
+    if name not in OPENAI_MODELS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
+    try:
+        from transformers import GPT2LMHeadModel
+
+        theirs = GPT2LMHeadModel.from_pretrained(name)
+    except (ImportError, OSError) as error:
+        raise UserError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
+    return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), model_class, config_class)
+
+
+def load_model(name, model_class, config_class):
+    """A model on the CPU, from an OpenAI model name, a checkpoint or a folder by tools/export_hf.py."""
+    if name in OPENAI_MODELS:
+        return from_openai(name, model_class, config_class)
+    if not Path(name).exists():
+        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
+    read = hugging_face.read_folder if Path(name).is_dir() else load_checkpoint
+    return rebuild(read(name), model_class, config_class)
+
+
+def initial_model(init_from, model_config, checkpoint, model_class):
+    """The model that a run starts with, on the CPU: from its own checkpoint, from scratch with model_config, or from
+    other weights, which must have room for its sequences and tokens."""
+    if checkpoint:
+        return rebuild(checkpoint, model_class, type(model_config))
+    if init_from == "scratch":
+        return model_class(model_config)
+    model = load_model(init_from, model_class, type(model_config))
+    T, V = model_config.block_size, model_config.vocab_size
+    if model.config.block_size < T or model.config.vocab_size < min(V, VOCAB_SIZE):  # OpenAI's have no padded ids
+        raise UserError(
+            f"{init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
+            f"sequence_length from {T} and vocab_size from {V} to those"
+        )
+    return model

@@ -10,26 +10,19 @@ MFU = 0.447
 PEAKS = {"A100": 312e12, "H100 or H200": 989e12}  # FLOP/s, dense bfloat16
 
 
-def count_parameters(c):
-    """The parameters of a GPT with the knobs c, by part."""
-    matrices = 12 * c.n_embd**2  # 4 squares in attention, 8 in the MLP
-    return {
-        "token embeddings (and head)": c.vocab_size * c.n_embd,
-        "position embeddings": c.sequence_length * c.n_embd,
-        f"{c.n_layer} blocks": c.n_layer * (matrices + 13 * c.n_embd),  # 9 of them biases, 4 layer norms
-        "last layer norm": 2 * c.n_embd,
-    }
+def count_parameters(model):
+    """The parameters of a model by part, as a person would look for them."""
+    parts = {"blocks": 0, "token embeddings and head": 0, "position embeddings": 0, "the rest": 0}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        part = {"h": "blocks", "wte": "token embeddings and head", "wpe": "position embeddings"}
+        parts[part.get(words[min(1, len(words) - 1)], "the rest")] += parameter.numel()
+    return {name: count for name, count in parts.items() if count}
 
 
-def flops_per_token(c):
-    """6N + 6LCT, as GPT.flops_per_token."""
-    n = sum(count_parameters(c).values()) - c.sequence_length * c.n_embd
-    return 6 * n + 6 * c.n_layer * c.n_embd * c.sequence_length
-
-
-def state_bytes(c):
-    """Weights, gradients and two moments in float32, and autocast's copy of the weights in 16 bits, on each GPU."""
-    return (16 + 2) * sum(count_parameters(c).values())
+def state_bytes(n):
+    """Bytes on each GPU: weights, gradients, AdamW's moments in float32, and autocast's 16-bit copy of the weights."""
+    return (16 + 2) * n
 
 
 def activation_bytes(c, sequences, checkpointing=False):
@@ -39,46 +32,45 @@ def activation_bytes(c, sequences, checkpointing=False):
     return 2 * per_token * sequences * c.sequence_length
 
 
-def memory_bytes(c, sequences, checkpointing=False):
-    return state_bytes(c) + activation_bytes(c, sequences, checkpointing)
-
-
-def headline(c, model, run, dtype, compiled):
-    """What a run says at its start: the model, the machine, and the plan in a line, with a warning where no CPU would
-    come to its end."""
+def headline(c, model, devices, peak_tflops, dtype, compiled):
+    """What a run says at its start: the model, the devices, and the plan in a line, with a warning where a CPU would
+    take more than a day."""
     tokens, n = c.max_steps * c.total_batch_size, sum(p.numel() for p in model.parameters())
     flops = tokens * model.flops_per_token(c.sequence_length)
     lines = [
-        f"GPT-2, {n:,} parameters, on {run.world_size} x {run.device_name}, {dtype}, "
-        f"compile {'on' if compiled else 'off'}, torch {torch.__version__}",
-        f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} a parameter, "
+        f"GPT-2, {n:,} parameters, on {devices}, {dtype}, compile {'on' if compiled else 'off'}, "
+        f"torch {torch.__version__}",
+        f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} per parameter, "
         f"{flops:.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB",
     ]
-    if run.peak_tflops:
-        lines.append(f"MFU is 6N + 6LCT a token over {run.peak_tflops} TFLOP/s (datasheet)")
-    if run.device.type == "cpu" and flops > 1e17:  # a day or more
+    if peak_tflops:
+        lines.append(f"MFU is 6N + 6LCT FLOP per token over {peak_tflops} TFLOP/s (datasheet)")
+    if "CPU" in devices and flops > 1e17:
         lines.append("warning: this takes a CPU a day or more; no GPU? see nvidia-smi, or try --preset demo")
     return "\n".join(lines)
 
 
-def describe(c):
-    """The plan of a run with the knobs c, as text. The formulas for memory give 26.2 and 14.2 GiB for GPT-2 124M with
-    micro-batches of 64 and 32, where 26.6 and 14.4 were measured on one H200."""
-    parts = count_parameters(c)
+def describe(c, model):
+    """The plan of a run with the settings c as text; the model may be on the meta device.
+
+    The formulas for memory give 26.2 and 14.2 GiB for GPT-2 124M with micro-batches of 64 and 32, where 26.6 and 14.4
+    were measured on one H200.
+    """
+    parts = count_parameters(model)
     n, tokens = sum(parts.values()), c.max_steps * c.total_batch_size
-    flops = flops_per_token(c)
+    flops = model.flops_per_token(c.sequence_length)
     lines = [f"{name:30}{count:16,}" for name, count in {**parts, "parameters": n}.items()]
     lines += [
         "",
-        f"{c.max_steps:,} steps of {c.total_batch_size:,} tokens = {tokens:,} tokens, {tokens / n:.1f} a parameter",
+        f"{c.max_steps:,} steps of {c.total_batch_size:,} tokens = {tokens:,} tokens, {tokens / n:.1f} per parameter",
         f"{flops:,} FLOP a token (6N + 6LCT), {tokens * flops:.2e} in all",
         "",
         "memory of each GPU, 16 bits and compile on:",
-        f"  weights, gradients, moments {state_bytes(c) / GIB:10.1f} GiB",
+        f"  weights, gradients, moments {state_bytes(n) / GIB:10.1f} GiB",
     ]
     for checkpointing in (False, True):
         sizes = [2**i for i in range(8) if c.sequence_length * 2**i <= c.total_batch_size]
-        memory = [memory_bytes(c, size, checkpointing) / GIB for size in sizes]
+        memory = [(state_bytes(n) + activation_bytes(c, size, checkpointing)) / GIB for size in sizes]
         name = "with activation checkpointing" if checkpointing else "in all"
         lines.append(
             f"  {name}, micro-batch of " + ", ".join(f"{s}: {m:.1f}" for s, m in zip(sizes, memory, strict=True))

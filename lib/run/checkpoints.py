@@ -10,7 +10,11 @@ from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError, say
 
 NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; other names in the folder are other people's
-GONE = "is gone, and with it the run: start again, or put it back and resume"
+GONE = "is gone, and with it the run: start again, or restore it and resume"
+
+
+def path_of(log_dir, step):
+    return log_dir / f"model_{step:05d}.pt"
 
 
 def step_of(path):
@@ -36,7 +40,7 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
     could not be written; the newest of the older ones is intact then. Raises UserError where the folder is gone.
     """
     step = contents["step"]
-    path = log_dir / f"model_{step:05d}.pt"
+    path = path_of(log_dir, step)
     for retry in (False, True):
         try:
             write_checkpoint(path, contents)

@@ -1,80 +1,134 @@
 """
-The log_dir of a run, which rank 0 holds: its lock, log.txt and checkpoints.
+The log_dir of a run, for which rank 0 writes: its lock, log.txt, checkpoints, and what is drawn and tracked beside it.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+from lib.checkpoint import load_checkpoint
 from lib.console import UserError, say
-from lib.files import ROOT, lock_folder
+from lib.distributed import from_rank_0, is_main_rank, sum_over_ranks
+from lib.files import ROOT, atomic_write, lock_folder
 from lib.run import checkpoints
-from lib.run.log import METRICS, Log, cut_log
+from lib.run.log import METRICS, Log, rewind_log
 from lib.run.tracker import Tracker, start_beside, wait_for
 
 
-def git_commit():
-    """The commit of this code, None where it is no git checkout."""
+def code_version():
+    """Which code this is: its commit, with a hash of the changes that are not committed; without git, that of the files
+    themselves."""
+
+    def git(*command):
+        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, check=True).stdout
+
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if (ROOT / ".git").exists():
-            command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            commit, changes = git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD", "--", "*.py")
+            return commit + (f"+changes.{hashlib.sha256(changes).hexdigest()[:7]}" if changes else "")
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/**/*.py")])
+    return f"files.{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:7]}"
 
 
 class RunFolder:
-    """saved: the path of the last checkpoint, False where it could not be written, None where none was due yet."""
+    """`with RunFolder(...) as folder:` refuses a folder that holds another run, and lets go of it at the end.
 
-    def __init__(self, path, keep_checkpoints, tracker=""):
-        self.path, self.keep_checkpoints, self.saved = Path(path), keep_checkpoints, None
-        self.tracker = Tracker(tracker)
-        self.stack, self.log, self.drawing = contextlib.ExitStack(), None, None
+    saved: the path of the last checkpoint, False where it could not be written, None where none was due yet.
+    """
+
+    def __init__(self, path, resume, keep_checkpoints, tracker=""):
+        self.path, self.resume, self.keep_checkpoints, self.saved = Path(path), resume, keep_checkpoints, None
+        self.stack, self.tracker = contextlib.ExitStack(), Tracker(tracker)
+        self.log, self.drawing = Log(self.path / "log.txt"), None
+
+    def __enter__(self):
+        # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
+        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        if torch.cuda.is_initialized():  # NCCL sums there only
+            restarts = restarts.cuda()
+        self.restarted = sum_over_ranks(restarts).item() > 0
+        if not self.resume and not self.restarted:
+            self.refuse_other_run()
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        wait_for(self.drawing)
+        self.stack.close()
 
     def refuse_other_run(self):
         files = list(self.path.iterdir()) if self.path.is_dir() else []
         if any(path.name == "log.txt" or checkpoints.NAME.fullmatch(path.name) for path in files):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
-    def open(self, resume, restarted):
-        """Lock the folder; return the path of its newest whole checkpoint, None where there is none.
+    def open(self, mmap=False):
+        """Hold the folder for this run; return its newest complete checkpoint, None where there is none.
+
+        mmap: leave its tensors on the disk until they are needed, for the ranks of a machine to share.
+        """
+        path = from_rank_0(self.lock() if is_main_rank() else None)
+        return load_checkpoint(path, mmap=mmap) if path else None
+
+    def lock(self):
+        """Lock the folder; return the path of its newest complete checkpoint, None where there is none.
 
         Raises UserError where it holds a run and this is neither to resume it nor a restart by the torchrun that began
-        it, whose id stands in the lock.
+        it, whose id is noted in the lock.
         """
         launch = f", torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
         if launch.endswith(" none"):  # which all launches with --master_port are called
             launch += f" {os.getppid()}"
         before = self.stack.enter_context(lock_folder(self.path, launch))
-        if not resume and not (restarted and before.endswith(launch)):
+        if not self.resume and not (self.restarted and before.endswith(launch)):
             try:
                 self.refuse_other_run()
             except UserError:  # or a restart of this launch would take the run for its own
                 (self.path / "lock").write_text(before)
                 raise
-        self.log = self.stack.enter_context(contextlib.closing(Log(self.path / "log.txt")))
+        self.stack.callback(self.log.close)
         return checkpoints.newest_whole_checkpoint(self.path)
 
-    def close(self):
-        wait_for(self.drawing)
-        self.stack.close()
+    def begun_from(self, init_from, checkpoint):
+        """What the run was started from; a resume before the first checkpoint starts from there again."""
+        if init_from != "resume":
+            return init_from
+        try:
+            text = (self.path / "config.json").read_text() if is_main_rank() and not checkpoint else "{}"
+            began = checkpoint["train_config"] if checkpoint else json.loads(text)
+            return from_rank_0(began.get("init_from", "scratch"))
+        except (OSError, ValueError, AttributeError):
+            return from_rank_0("scratch")
 
-    def begin(self, step, settings):
+    def begin(self, step, train_config):
         """Let the records begin at this step, in log.txt and with the tracker."""
-        cut_log(self.path / "log.txt", step)
-        self.tracker.start(self.path, step, settings)
+        if step == 0:
+            try:
+                with atomic_write(self.path / "config.json") as file:
+                    file.write(json.dumps(train_config, indent=1).encode() + b"\n")
+            except OSError as error:
+                say(f"warning: {self.path}/config.json cannot be written: {error}")
+        rewind_log(self.path / "log.txt", step)
+        self.tracker.start(self.path, step, train_config)
         self.stack.callback(self.tracker.close)
 
-    def record(self, step, kind, value, numbers):
-        """Add a record to log.txt, and to the tracker with more numbers of the step."""
-        self.log.record(step, kind, value)
-        self.tracker.send(step, {METRICS[kind].name: value, **numbers})
+    def record(self, step, values):
+        """Add records of a step to log.txt and to the tracker."""
+        self.log.record(step, values)
+        self.tracker.send(step, {METRICS.get(kind, kind): value for kind, value in values.items()})
 
     def save(self, contents):
         """Save a checkpoint; the log is never behind it."""
         # while updates are skipped, the older ones stay: these weights may be what is wrong
         prune = not contents["nonfinite"]
-        path = self.path / f"model_{contents['step']:05d}.pt"
+        path = checkpoints.path_of(self.path, contents["step"])
         if flushed := self.log.flush(sync=True):
             saved = checkpoints.save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
         else:
@@ -90,10 +144,12 @@ class RunFolder:
             self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", *flags, **nowhere)
 
     def check_saved(self):
-        """Raise UserError where what the run became is not all on the disk."""
-        if self.log and not self.path.is_dir():
+        """Raise UserError where not all of what the run became is on the disk."""
+        if not is_main_rank():
+            return
+        if not self.path.is_dir():
             raise UserError(f"{self.path}/ {checkpoints.GONE}")
-        if self.log and (self.saved is False or not self.log.flush(sync=True)):
+        if self.saved is False or not self.log.flush(sync=True):
             raise UserError(
                 f"the last checkpoint could not be saved, or not all of log.txt: make room in {self.path}/ and resume"
             )

@@ -1,6 +1,5 @@
 """
-log.txt and the console: each metric formatted once, whole records, none lost to a full disk that gets room again; and
-reading them back. And the clock.
+log.txt, its kinds of records, and the clock: whole lines, none lost to a full disk that gets room again.
 """
 
 import contextlib
@@ -8,27 +7,16 @@ import os
 import re
 import time
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 
 from lib.console import UserError, say
 from lib.files import atomic_write
 
-RECORD = re.compile(rb"(\d+) (train|val|hella) -?(\d+\.\d+|nan|inf)")
-
-
-class Metric(NamedTuple):
-    name: str  # in what main returns
-    label: str  # on the console
-    format: str
-
-
-METRICS = {  # by the kind of record in log.txt
-    "train": Metric("train_loss", "loss", ".6f"),
-    "val": Metric("val_loss", "val loss", ".4f"),
-    "hella": Metric("hella", "HellaSwag", ".4f"),
-}
+# how the records of a kind are written; a kind that is not here is as good, and has six digits
+FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f"}
+METRICS = {"train": "train_loss", "val": "val_loss"}  # their names in what main returns; those of others are the kinds
+RECORD = re.compile(rb"(\d+) ([A-Za-z_]\S*) (\S[^\0-\x1f]*)")  # step, kind, value
 
 
 class Stopwatch(Counter):
@@ -47,16 +35,8 @@ class Stopwatch(Counter):
         return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())
 
 
-def rates(seconds, tokens, flops_per_token, peak_tflops, steps_left):
-    """The speed of a step of so many tokens, as numbers and as text; with MFU, the share of the peak, where that is
-    known, not 0."""
-    speed, left = tokens / seconds, seconds * steps_left
-    numbers = {"tokens_per_second": speed}
-    if peak_tflops:
-        numbers["mfu"] = speed * flops_per_token / (peak_tflops * 1e12)
-    mfu = f" | MFU {numbers['mfu']:.1%}" if peak_tflops else ""
-    time_left = f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m" if left >= 60 else f"{left:.0f}s"
-    return numbers, f"{seconds * 1000:.2f} ms | {speed:,.0f} tok/s{mfu} | {time_left} left"
+def format_seconds(seconds):
+    return f"{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m" if seconds >= 60 else f"{seconds:.0f}s"
 
 
 class Log:
@@ -66,8 +46,10 @@ class Log:
     def __init__(self, path):
         self.path, self.file, self.waiting, self.failing = path, None, b"", False
 
-    def record(self, step, kind, value):
-        self.waiting += f"{step} {kind} {value:{METRICS[kind].format}}\n".encode()
+    def record(self, step, values):
+        """Add the records of a step, a dict from kind to number."""
+        for kind, value in values.items():
+            self.waiting += f"{step} {kind} {value:{FORMATS.get(kind, '.6g')}}\n".encode()
         self.flush()
 
     def flush(self, sync=False):
@@ -99,35 +81,50 @@ class Log:
             self.file.close()
 
 
-def cut_log(path, step):
-    """Keep the whole records of the steps before `step`: the run writes the others again. Lines that are no records,
-    as a power cut leaves them, are dropped and said."""
+def lines_of(path):
+    """The lines of a log.txt, the last one as far as it is written; also of one that an editor has rewritten with a
+    byte order mark, or with \\r\\n at the ends."""
+    return [line.rstrip(b"\r") for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+
+
+def rewind_log(path, step):
+    """Keep the records of the steps before `step`, of whatever kind: the run writes the later ones again. Those, and
+    lines that are no records, as a power cut leaves them, move to log_dropped.txt beside it."""
     try:
+        kept, dropped = [], []
+        for line in filter(None, lines_of(path) if path.exists() else []):
+            match = RECORD.fullmatch(line)
+            (kept if match and int(match[1]) < step else dropped).append(line + b"\n")
+        if dropped:
+            copy = path.with_name("log_dropped.txt")
+            with open(copy, "ab") as file:
+                file.write(b"".join(dropped))
+                file.flush()
+                os.fsync(file.fileno())
+            say(f"{path}: {len(dropped)} lines, of step {step} or later or no records, moved to {copy.name}")
         if path.exists():
-            *lines, _torn = path.read_bytes().split(b"\n")
-            records = [match for line in lines if (match := RECORD.fullmatch(line))]
-            if len(records) < len(lines):
-                say(f"warning: {path} has {len(lines) - len(records)} lines that are no records: dropped")
             with atomic_write(path) as file:
-                file.write(b"".join(record[0] + b"\n" for record in records if int(record[1]) < step))
+                file.write(b"".join(kept))
     except OSError as error:
-        raise UserError(f"cannot rewrite {path}: {error}. Make room, or mend its permissions, and resume") from None
+        raise UserError(f"cannot rewrite {path}: {error}. Make room or fix its permissions, and resume") from None
 
 
 def read_log(path):
-    """{kind: {step: value}} of a log.txt. Where its steps go back, since a run was resumed or a second one follows, the
-    earlier records from that step on are dropped. Raises UserError where none are left."""
+    """{kind: {step: value}} of a log.txt, of every kind whose values are numbers. Where its steps go back, since a run
+    was resumed or a second one follows, the earlier records from that step on are left out. Raises UserError where
+    there are no records."""
     try:
-        *lines, _torn = path.read_bytes().split(b"\n")
+        *lines, _torn = lines_of(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
     records, last, strange = {}, 0, 0
     for line in lines:
-        if not RECORD.fullmatch(line):
+        try:
+            step, kind, value = RECORD.fullmatch(line).groups()
+            step, kind, value = int(step), kind.decode(), float(value)
+        except (AttributeError, ValueError):
             strange += 1
             continue
-        step, kind, value = line.decode().split()
-        step, value = int(step), float(value)
         if step < last:
             say(f"warning: {path} goes back from step {last} to {step}: the later records are taken")
             kept = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}

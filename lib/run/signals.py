@@ -1,5 +1,5 @@
 """
-Signals that end a run between two steps, on all ranks together.
+Signals that end a run between two steps or batches, on all ranks together.
 """
 
 import contextlib
@@ -12,39 +12,18 @@ import torch
 
 from lib.distributed import sum_over_ranks
 
-DISK_SPEED = 5e8  # bytes/s, of a slow one
 
-
-def numbers():
+def stop_signals():
     """The signals that stop a run: none where it is in a thread, to which Python brings no signals."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
-
-
-class StopRun(Exception):
-    """Ends the run between two steps or batches, on all ranks; `number` is the signal's, on the rank that got it."""
-
-    def __init__(self, number):
-        super().__init__("stopped by a signal")
-        self.number = number
-
-
-def short_shutdown(step_seconds, checkpoint_bytes):
-    """What to say where torchrun, which kills its workers some time after it was told to stop, may not wait for the
-    step and its checkpoint; else None."""
-    limit = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))  # seconds; torchrun's default
-    need = step_seconds + checkpoint_bytes / DISK_SPEED
-    if "TORCHELASTIC_RUN_ID" in os.environ and need > limit:
-        return (
-            f"warning: after a signal, torchrun waits {limit:.0f} s by default; a step of {step_seconds:.0f} s and its "
-            f"checkpoint of {checkpoint_bytes / 1e9:.1f} GB may take longer: give it --shutdown-timeout={2 * need:.0f}"
-        )
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def handlers_restored():
     """The handlers of the signals that stop a run are afterwards what they were before."""
-    before = {number: signal.getsignal(number) for number in numbers()}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         yield
     finally:
@@ -52,28 +31,31 @@ def handlers_restored():
             signal.signal(number, handler)
 
 
-def stop_on_signals(device):
-    """Return check_stop(), which raises StopRun on all ranks together once one of them got SIGTERM, SIGINT or SIGHUP.
+def catch_signals(device):
+    """Return caught(), the signal that stops the run, the same on all ranks: None unless one of them got SIGTERM,
+    SIGINT or SIGHUP.
 
     A second signal ends the process at once; one within a second is still the first, under torchrun within ten, since
     schedulers signal torchrun and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so.
-    Where a torchrun was killed, the workers of all machines stop, too, with SIGKILL as the signal's number: their exit
-    code, which is not 0 then, tells the other torchruns.
+    Where a torchrun was killed, the workers of all machines stop, too, by SIGKILL as the signal.
     """
-    caught, parent, is_rank = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
+    signals, parent, is_rank = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number, frame):
-        if caught and time.monotonic() - caught[0][0] > (10 if is_rank else 1):
-            os._exit(128 + number)
-        caught.append((time.monotonic(), number))
+        if signals and time.monotonic() - signals[0][0] > (10 if is_rank else 1):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signals.append((time.monotonic(), number))
 
-    def check_stop():
-        orphaned = is_rank and os.getppid() != parent
-        signalled, orphans = sum_over_ranks(torch.tensor([bool(caught), orphaned], dtype=int, device=device)).tolist()
-        if signalled or orphans:
-            raise StopRun(signal.SIGKILL if orphans else caught[0][1] if caught else signal.SIGTERM)
+    def caught():
+        number = signals[0][1] if signals else 0
+        number = signal.SIGKILL if is_rank and os.getppid() != parent else number
+        numbers = torch.zeros(signal.NSIG, dtype=torch.int64, device=device)
+        numbers[number] = 1
+        numbers = sum_over_ranks(numbers)[1:].nonzero().flatten().tolist()  # 0: no signal
+        return max(numbers) + 1 if numbers else None
 
-    for number in numbers():
+    for number in stop_signals():
         if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, on_signal)
-    return check_stop
+    return caught
