@@ -304,7 +304,7 @@ class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
     The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
-    of the train split visits every sequence once, shuffled by (seed, epoch); the val split goes in order. A batch is
+    visits every sequence once, shuffled by (seed, epoch), so the first ones are a sample of the whole split. A batch is
     the next num_processes * B of them, B on each rank: neither number changes the order. data_root is the folder of the
     shards, or a ShardFolder: a run opens it once.
     """
@@ -330,8 +330,7 @@ class DataLoaderLite:
         """Where in the stream the batch of a position lies: B pairs of start and end."""
         numbers = np.arange(self.B) + position + self.process_rank * self.B
         epochs, places = np.divmod(numbers, self.num_sequences)
-        if self.split == "train":
-            places = shuffle(places, self.num_sequences, self.seed, epochs)
+        places = shuffle(places, self.num_sequences, self.seed, epochs)
         return [(start, start + self.T + 1) for start in (places * self.T).tolist()]
 
     def prepare(self):
