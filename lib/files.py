@@ -3,6 +3,8 @@ Files that are complete or not there, folders that one process writes, and hashe
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import os
 import re
@@ -16,6 +18,9 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
+CANNOT_SYNC = {  # the answers of folders that cannot be synced, or opened for it; a failing disk gives others
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM, errno.EACCES,
+}  # fmt: skip
 ROOT = Path(__file__).parent.parent  # of this code
 OUR_TEMPORARY = re.compile(
     r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
@@ -34,12 +39,30 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # the rename itself is durable only once the folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder):
+    """Have the disk hold the names of the files in a folder. Many network and shared folders cannot do that on request:
+    they are used all the same, with a warning."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        warn_of_unsynced(folder, error.strerror)
+
+
+@functools.cache  # once a folder
+def warn_of_unsynced(folder, reason):
+    say(f"warning: {folder}/ cannot be synced ({reason}): after a power cut it may lack the newest files")
 
 
 @contextlib.contextmanager
