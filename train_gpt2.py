@@ -16,7 +16,6 @@ import functools
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from lib.data.manifest import build_missing
 from lib.data.stream import ShardFolder, TokenStream, shuffle
 from lib.device import choose_compile, choose_dtype, to_device
 from lib.distributed import mean_over_ranks, sum_over_ranks, wait_for_all
+from lib.files import expand, why_missing
 from lib.model import hugging_face, plan
 from lib.model import published as reference
 from lib.model.cpu_loss import ChunkedCrossEntropy
@@ -274,10 +274,12 @@ def load_model(name):
     """A GPT on the CPU, from an OpenAI model name or the path of a checkpoint or of a folder by tools/export_hf.py."""
     if name in OPENAI_MODELS:
         return GPT.from_pretrained(name)
-    if not Path(name).exists():
-        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
-    read = hugging_face.read_folder if Path(name).is_dir() else load_checkpoint
-    return rebuild(read(name), GPT, GPTConfig)
+    path = expand(name)
+    if missing := why_missing(path):
+        names = ", ".join(OPENAI_MODELS)
+        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {names}: {missing}")
+    read = hugging_face.read_folder if os.path.isdir(path) else load_checkpoint
+    return rebuild(read(path), GPT, GPTConfig)
 
 
 def initial_model(init_from, shape, checkpoint):

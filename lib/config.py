@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Integral, Real
 from os import PathLike
-from pathlib import Path
 
 from lib.console import UserError
+from lib.files import expand, why_missing
 
 # from, to (both allowed) for each number
 RANGES = {
@@ -32,6 +32,7 @@ RANGES = {
 }
 # what a field of each type takes: the numbers of numpy and paths, too
 KINDS = {int: Integral, float: Real, str: (str, PathLike), bool: bool, bool | None: bool | None}
+PATHS = ("data_dir", "data_source", "log_dir", "init_from")
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
@@ -66,6 +67,8 @@ def conditions(c, world_size, model_names):
     """What must hold between knobs, each with the message for where it does not."""
     sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
     fit = [] if rest else divisors(sequences)
+    names = ("scratch", "resume", *model_names)
+    missing = "" if c.init_from in names else why_missing(c.init_from)
     return [
         (
             c.n_embd % c.n_head == 0,
@@ -77,8 +80,8 @@ def conditions(c, world_size, model_names):
             f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}",
         ),
         (
-            c.init_from in ("scratch", "resume", *model_names) or Path(c.init_from).exists(),
-            f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(model_names)}",
+            not missing,
+            f"init_from {c.init_from!r} is no file and none of {', '.join(names)}: {missing}",
         ),
         (
             c.vocab_size >= 50257 or not (c.sample_every or c.hellaswag_every),
@@ -103,6 +106,8 @@ def plain(c):
         if not isinstance(value, KINDS[kind]):
             raise UserError(f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
         values[field.name] = kind(value) if kind in (int, float, str) else value
+        if field.name in PATHS:
+            values[field.name] = expand(value)
     return replace(c, **values)
 
 

@@ -27,6 +27,36 @@ OUR_TEMPORARY = re.compile(
 )
 
 
+def expand(path):
+    """A path that may begin with ~, the home folder, which neither Python nor a shell after "=" expands, as a str.
+    Raises UserError where that is the home of a user that there is not."""
+    expanded = os.path.expanduser(os.fspath(path))
+    if expanded.startswith("~"):
+        raise UserError(f"{path} begins with ~, and there is no such user: write ./{path} for a file of that name")
+    return expanded
+
+
+def why_missing(path):
+    """What the system says of a path that it cannot look up, "" for one that is there."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.strerror
+    except ValueError as error:  # a zero byte in it
+        return str(error)
+    return ""
+
+
+def list_folder(folder):
+    """The paths in a folder, none where there is no folder. Raises UserError where the system refuses to list it."""
+    try:
+        return list(Path(folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}/: {error.strerror}. Fix that, or choose another folder") from None
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Open path for writing bytes such that, whatever happens, it holds its old content or all of the new one."""
@@ -92,7 +122,7 @@ def lock_folder(folder, purpose=""):
                 if OUR_TEMPORARY.fullmatch(path.name):
                     path.unlink()
         except OSError as error:
-            raise UserError(f"cannot write {folder}/: {error}. Mend that, or choose another folder") from None
+            raise UserError(f"cannot write {folder}/: {error}. Fix that, or choose another folder") from None
         yield before
 
 
@@ -115,5 +145,5 @@ def sample_hash(path):
                 file.seek(max(0, size - (16 << 10)) * i // 3)
                 digest.update(file.read(16 << 10))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. Mend it, or delete it") from None
+        raise UserError(f"cannot read {path}: {error.strerror}. Fix its permissions, or delete it") from None
     return digest.hexdigest()

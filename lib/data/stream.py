@@ -15,6 +15,7 @@ import numpy as np
 from lib.console import UserError
 from lib.data.manifest import read_manifest
 from lib.data.shards import SPLITS, open_shard, split_of
+from lib.files import expand
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
 ROUNDS = 8  # of the shuffle
@@ -107,6 +108,7 @@ class ShardFolder:
     """
 
     def __init__(self, root, splits=SPLITS):
+        root = expand(root)
         open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
         self.root, (names, hashes) = root, find_shards(root, splits)
         pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # of thousands fewer, to start in a second

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib.console import UserError, say
-from lib.files import ROOT, lock_folder
+from lib.files import ROOT, list_folder, lock_folder
 from lib.run import checkpoints
 from lib.run.log import METRICS, Log, cut_log
 from lib.run.tracker import Tracker, start_beside, wait_for
@@ -32,8 +32,8 @@ class RunFolder:
         self.stack, self.log, self.drawing = contextlib.ExitStack(), None, None
 
     def refuse_other_run(self):
-        files = list(self.path.iterdir()) if self.path.is_dir() else []
-        if any(path.name == "log.txt" or checkpoints.NAME.fullmatch(path.name) for path in files):
+        names = [path.name for path in list_folder(self.path)]
+        if any(name == "log.txt" or checkpoints.NAME.fullmatch(name) for name in names):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
     def open(self, resume, restarted):
