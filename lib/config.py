@@ -63,10 +63,23 @@ def divisors(n):
     return sorted({*small, *(n // d for d in small)})
 
 
+def batch_near(c, world_size):
+    """Flags of a batch near the one that was asked for, which so many ranks can share evenly."""
+    unit = c.sequence_length * world_size
+    micro_batches = math.ceil(c.total_batch_size / unit / c.micro_batch_size)  # of a rank in a step
+    size = max(1, round(c.total_batch_size / unit / micro_batches))
+    flags = f"--total_batch_size {size * micro_batches * unit}"
+    if micro_batches == 1 or size == c.micro_batch_size:
+        return flags
+    unit *= c.micro_batch_size
+    same = max(1, round(c.total_batch_size / unit)) * unit
+    return f"{flags} --micro_batch_size {size}, or --total_batch_size {same},"
+
+
 def conditions(c, world_size, model_names):
     """What must hold between knobs, each with the message for where it does not."""
     sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
-    fit = [] if rest else divisors(sequences)
+    fit, near = ([], f"none; {batch_near(c, world_size)} would do") if rest else (divisors(sequences), "")
     names = ("scratch", "resume", *model_names)
     missing = "" if c.init_from in names else why_missing(c.init_from)
     return [
@@ -77,7 +90,7 @@ def conditions(c, world_size, model_names):
         (
             min(sequences, c.micro_batch_size) in fit,
             f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
-            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}",
+            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or near}",
         ),
         (
             not missing,
