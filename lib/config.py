@@ -38,11 +38,20 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "tracker": ("", "tensorboard", "wandb"),
 }
+TRUTH = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0"), None: ("none", "auto")}
 
 
 def comments_of(dataclass):
     """The comment that stands beside each field in the source, by the field's name."""
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(dataclass), re.M))
+
+
+def truth(text):
+    """The value of a switch that is given as nanoGPT's are, --compile=False; None for one that the run is to choose."""
+    for value, words in TRUTH.items():
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: give the flag alone, or begin it with --no-")
 
 
 def parse_args(dataclass, presets, description, argv=None):
@@ -51,9 +60,12 @@ def parse_args(dataclass, presets, description, argv=None):
     parser.add_argument("--preset", choices=presets, default="gpt2", help="a named set of overrides (default: gpt2)")
     comments = comments_of(dataclass)
     for field in fields(dataclass):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type in (bool, bool | None) else {"type": field.type}
+        is_switch = field.type in (bool, bool | None)
+        kind = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"} if is_switch else {"type": field.type}
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".strip().replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **kind)
+        if is_switch:
+            parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help="switches it off")
     flags = vars(parser.parse_args(argv))
     return dataclass(**{**presets[flags.pop("preset")], **flags})
 
