@@ -317,7 +317,8 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise UserError(f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few: build {T + 1}")
+            found = f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few for a sequence of {T}"
+            raise UserError(f"{found}: build more, or give a sequence_length of {len(self.tokens) - 1} or less")
         self.reset()
 
     def reset(self):
@@ -481,8 +482,8 @@ def train(config, run):
     if run.local_rank == 0 and config.data_source:
         build_missing(config.data_source, config.data_dir)
     wait_for_all()
-    data = ShardFolder(config.data_dir)
-    data.check(T, sequences)
+    data = ShardFolder(config.data_dir, optional=() if config.val_every else ("val",))
+    data.check(T, sequences, validate=config.val_every > 0)
     hella = hellaswag.load(run.rank, run.local_rank, run.world_size, device, T) if config.hellaswag_every else None
     checkpoint = run.open_folder()  # the newest, where this run resumes; else None
 
@@ -517,8 +518,9 @@ def train(config, run):
     run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     train_loader = DataLoaderLite(B, T, run.rank, run.world_size, "train", data, model.config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
-    val_loader = DataLoaderLite(B, T, run.rank, run.world_size, "val", data, model.config.vocab_size)
-    val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
+    if config.val_every:
+        val_loader = DataLoaderLite(B, T, run.rank, run.world_size, "val", data, model.config.vocab_size)
+        val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
     for step in run.steps(config.max_steps, config.total_batch_size, model.flops_per_token(T)):
         # once in a while, which is every so many steps and at the last: the loss on tokens that are never trained on
