@@ -15,6 +15,7 @@ A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.1
 import functools
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -557,7 +558,7 @@ def train(config, run):
             )
         run.record_step(loss, norm, lr, finite, show=run.due(config.log_every))
     score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
-    run.finish(f'python -m tools.sample CHECKPOINT --prompt "{config.sample_prompt}"{score}')
+    run.finish(f"python -m tools.sample CHECKPOINT --prompt={shlex.quote(config.sample_prompt)}{score}")
 
 
 def main(config):

@@ -4,6 +4,7 @@ The life of a run: ranks, device, folder, signals, clock, and every way out. Not
 
 import contextlib
 import os
+import shlex
 
 import torch
 
@@ -148,4 +149,5 @@ class Run:
         self.folder.check_saved()
         self.say(f"done: {self.clock}")
         if self.folder.saved:
-            self.say(f"All is in {self.folder.path}/\nnext: {hint.replace('CHECKPOINT', str(self.folder.saved))}")
+            checkpoint = shlex.quote(str(self.folder.saved))
+            self.say(f"All is in {self.folder.path}/\nnext: {hint.replace('CHECKPOINT', checkpoint)}")
