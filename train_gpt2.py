@@ -16,6 +16,7 @@ import contextlib
 import functools
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -281,7 +282,7 @@ class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
     The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
-    of the train split visits every sequence once, shuffled by (seed, epoch); the val split goes in order. A batch is
+    visits every sequence once, shuffled by (seed, epoch), so the first ones are a sample of the whole split. A batch is
     the next num_processes * B of them, B on each rank: neither number changes the order. data_root is the folder of the
     shards, or a ShardFolder: a run opens it once.
     """
@@ -292,7 +293,8 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise UserError(f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few: build {T + 1}")
+            found = f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few for a sequence of {T}"
+            raise UserError(f"{found}: build more, or give a sequence_length of {len(self.tokens) - 1} or less")
         self.reset()
 
     def reset(self):
@@ -307,8 +309,7 @@ class DataLoaderLite:
         """Where in the stream the batch of a position lies: B pairs of start and end."""
         numbers = np.arange(self.B) + position + self.process_rank * self.B
         epochs, places = np.divmod(numbers, self.num_sequences)
-        if self.split == "train":
-            places = shuffle(places, self.num_sequences, self.seed, epochs)
+        places = shuffle(places, self.num_sequences, self.seed, epochs)
         return [(start, start + self.T + 1) for start in (places * self.T).tolist()]
 
     def prepare(self):
@@ -508,8 +509,8 @@ def train(config, ranks, folder):
     if local_rank == 0 and config.data_source:
         build_missing(config.data_source, config.data_dir)
     wait_for_all()
-    data = ShardFolder(config.data_dir)
-    data.check(T, sequences)
+    data = ShardFolder(config.data_dir, optional=() if config.val_every else ("val",))
+    data.check(T, sequences, validate=config.val_every > 0)
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
     checkpoint = folder.open(mmap=device.type == "cuda")  # the newest, where this run resumes; else None
     config = replace(config, init_from=folder.begun_from(config.init_from, checkpoint))
@@ -551,8 +552,9 @@ def train(config, ranks, folder):
     print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", data, model.config.vocab_size, config.seed)
     train_loader.seek(run.step * sequences)
-    val_loader = DataLoaderLite(B, T, rank, world_size, "val", data, model.config.vocab_size)
-    val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
+    if config.val_every:
+        val_loader = DataLoaderLite(B, T, rank, world_size, "val", data, model.config.vocab_size)
+        val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
     for step in run.steps():
         # once in a while, which is every so many steps and at the last: the loss on tokens that are never trained on
@@ -608,7 +610,8 @@ def train(config, ranks, folder):
             )  # fmt: skip
         run.count_finite(finite)
     score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
-    return run.finish(f'python -m tools.sample CHECKPOINT --prompt "{config.sample_prompt}"{score}')
+    score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
+    return run.finish(f"python -m tools.sample CHECKPOINT --prompt={shlex.quote(config.sample_prompt)}{score}")
 
 
 def main(config):

@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Integral, Real
 from os import PathLike
-from pathlib import Path
 
 from lib.console import UserError
+from lib.files import expand, why_missing
 
 # from, to (both allowed) for each number
 RANGES = {
@@ -32,16 +32,26 @@ RANGES = {
 }
 # what a field of each type takes: the numbers of numpy and paths, too
 KINDS = {int: Integral, float: Real, str: (str, PathLike), bool: bool, bool | None: bool | None}
+PATHS = ("data_dir", "data_source", "log_dir", "init_from")
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "tracker": ("", "tensorboard", "wandb"),
 }
+TRUTH = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0"), None: ("none", "auto")}
 
 
 def comments_of(dataclass):
     """The comment that stands beside each field in the source, by the field's name."""
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(dataclass), re.M))
+
+
+def truth(text):
+    """The value of a switch that is given as nanoGPT's are, --compile=False; None for one that the run is to choose."""
+    for value, words in TRUTH.items():
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: give the flag alone, or begin it with --no-")
 
 
 def parse_args(dataclass, presets, description, argv=None):
@@ -50,9 +60,12 @@ def parse_args(dataclass, presets, description, argv=None):
     parser.add_argument("--preset", choices=presets, default="gpt2", help="a named set of overrides (default: gpt2)")
     comments = comments_of(dataclass)
     for field in fields(dataclass):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type in (bool, bool | None) else {"type": field.type}
+        is_switch = field.type in (bool, bool | None)
+        kind = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"} if is_switch else {"type": field.type}
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".strip().replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **kind)
+        if is_switch:
+            parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help="switches it off")
     flags = vars(parser.parse_args(argv))
     return dataclass(**{**presets[flags.pop("preset")], **flags})
 
@@ -62,10 +75,25 @@ def divisors(n):
     return sorted({*small, *(n // d for d in small)})
 
 
+def batch_near(c, world_size):
+    """Flags of a batch near the one that was asked for, which so many ranks can share evenly."""
+    unit = c.sequence_length * world_size
+    micro_batches = math.ceil(c.total_batch_size / unit / c.micro_batch_size)  # of a rank in a step
+    size = max(1, round(c.total_batch_size / unit / micro_batches))
+    flags = f"--total_batch_size {size * micro_batches * unit}"
+    if micro_batches == 1 or size == c.micro_batch_size:
+        return flags
+    unit *= c.micro_batch_size
+    same = max(1, round(c.total_batch_size / unit)) * unit
+    return f"{flags} --micro_batch_size {size}, or --total_batch_size {same},"
+
+
 def conditions(c, world_size, model_names):
     """What must hold between knobs, each with the message for where it does not."""
     sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
-    fit = [] if rest else divisors(sequences)
+    fit, near = ([], f"none; {batch_near(c, world_size)} would do") if rest else (divisors(sequences), "")
+    names = ("scratch", "resume", *model_names)
+    missing = "" if c.init_from in names else why_missing(c.init_from)
     return [
         (
             c.n_embd % c.n_head == 0,
@@ -74,11 +102,11 @@ def conditions(c, world_size, model_names):
         (
             min(sequences, c.micro_batch_size) in fit,
             f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
-            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or 'none'}",
+            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or near}",
         ),
         (
-            c.init_from in ("scratch", "resume", *model_names) or Path(c.init_from).exists(),
-            f"init_from {c.init_from!r} is no file and none of scratch, resume, {', '.join(model_names)}",
+            not missing,
+            f"init_from {c.init_from!r} is no file and none of {', '.join(names)}: {missing}",
         ),
         (
             c.vocab_size >= 50257 or not (c.sample_every or c.hellaswag_every),
@@ -103,6 +131,8 @@ def plain(c):
         if not isinstance(value, KINDS[kind]):
             raise UserError(f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
         values[field.name] = kind(value) if kind in (int, float, str) else value
+        if field.name in PATHS:
+            values[field.name] = expand(value)
     return replace(c, **values)
 
 

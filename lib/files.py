@@ -3,6 +3,8 @@ Files that are complete or not there, folders that one process writes, and hashe
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import os
 import re
@@ -16,10 +18,43 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
+CANNOT_SYNC = {  # the answers of folders that cannot be synced, or opened for it; a failing disk gives others
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM, errno.EACCES,
+}  # fmt: skip
 ROOT = Path(__file__).parent.parent  # of this code
 OUR_TEMPORARY = re.compile(
     r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
 )
+
+
+def expand(path):
+    """A path that may begin with ~, the home folder, which neither Python nor a shell after "=" expands, as a str.
+    Raises UserError where that is the home of a user that there is not."""
+    expanded = os.path.expanduser(os.fspath(path))
+    if expanded.startswith("~"):
+        raise UserError(f"{path} begins with ~, and there is no such user: write ./{path} for a file of that name")
+    return expanded
+
+
+def why_missing(path):
+    """What the system says of a path that it cannot look up, "" for one that is there."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.strerror
+    except ValueError as error:  # a zero byte in it
+        return str(error)
+    return ""
+
+
+def list_folder(folder):
+    """The paths in a folder, none where there is no folder. Raises UserError where the system refuses to list it."""
+    try:
+        return list(Path(folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}/: {error.strerror}. Fix that, or choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -34,12 +69,30 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # the rename itself is durable only once the folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder):
+    """Have the disk hold the names of the files in a folder. Many network and shared folders cannot do that on request:
+    they are used all the same, with a warning."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        warn_of_unsynced(folder, error.strerror)
+
+
+@functools.cache  # once a folder
+def warn_of_unsynced(folder, reason):
+    say(f"warning: {folder}/ cannot be synced ({reason}): after a power cut it may lack the newest files")
 
 
 @contextlib.contextmanager
@@ -69,7 +122,7 @@ def lock_folder(folder, purpose=""):
                 if OUR_TEMPORARY.fullmatch(path.name):
                     path.unlink()
         except OSError as error:
-            raise UserError(f"cannot write {folder}/: {error}. Mend that, or choose another folder") from None
+            raise UserError(f"cannot write {folder}/: {error}. Fix that, or choose another folder") from None
         yield before
 
 
@@ -92,5 +145,5 @@ def sample_hash(path):
                 file.seek(max(0, size - (16 << 10)) * i // 3)
                 digest.update(file.read(16 << 10))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. Mend it, or delete it") from None
+        raise UserError(f"cannot read {path}: {error.strerror}. Fix its permissions, or delete it") from None
     return digest.hexdigest()

@@ -79,11 +79,22 @@ def test_reset_replays_and_seek_continues(tmp_path):
     assert torch.equal(loader.next_batch()[0], batches[25][0])
 
 
-def test_val_rows_come_in_order(tmp_path):
+def test_validation_samples_the_whole_split(tmp_path):
+    """Its first rows lie all over the split, the same for every batch and number of ranks; all are the whole split."""
     write_shards(tmp_path, [100, 700])
-    tokens = np.load(tmp_path / "tiny_val_000000.npy")
-    x, y = DataLoaderLite(3, 10, 0, 1, "val", data_root=tmp_path).next_batch()
-    assert x.flatten().tolist() == tokens[:30].tolist() and y.flatten().tolist() == tokens[1:31].tolist()
+    for index in range(4):  # each token is its own place in the split
+        np.save(tmp_path / f"tiny_val_{index:06d}.npy", np.arange(1600 * index, 1600 * (index + 1), dtype=np.uint16))
+
+    def starts(B, world_size):
+        ranks = loaders(tmp_path, B, 64, world_size, "val")
+        batches = [loader.next_batch()[0] for _ in range(96 // B // world_size) for loader in ranks]
+        return torch.cat(batches)[:, 0].tolist()
+
+    order = starts(1, 1)
+    assert order == starts(8, 1) == starts(4, 3)
+    assert all(2 <= sum(start // 1600 == shard for start in order[:20]) <= 8 for shard in range(4))
+    whole = DataLoaderLite(99, 64, 0, 1, "val", data_root=tmp_path).next_batch()[0]
+    assert sorted(whole[:, 0].tolist()) == list(range(0, 99 * 64, 64))
 
 
 def write_bin(path, tokens, magic=20240520, version=1, count=None):

@@ -21,7 +21,9 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
+from lib.console import UserError, run_as_command
 from lib.device import name_and_peak
+from lib.files import expand
 from lib.model.memory import fit_in_memory
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, choose_dtype
@@ -112,11 +114,14 @@ def main():
         print("transformers with the same settings:", figures["peer"], flush=True)
     figures["hellaswag"] = hellaswag_speed(device, config, args.steps * (200 if device.type == "cuda" else 20))
     print("HellaSwag, batched against one item at a time:", figures["hellaswag"])
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
-    if args.plot:
-        draw_plot(args.plot, figures)
+    try:
+        if args.json:
+            Path(expand(args.json)).write_text(json.dumps(figures, indent=1) + "\n")
+        if args.plot:
+            draw_plot(expand(args.plot), figures)
+    except (OSError, ValueError) as error:  # ValueError: no format of a picture
+        raise UserError(f"cannot write the figures, which stand above: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

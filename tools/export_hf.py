@@ -17,6 +17,7 @@ from pathlib import Path
 from lib.checkpoint import load_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import read_manifest
+from lib.files import expand, list_folder
 from lib.model.hugging_face import to_theirs, vocabulary
 from lib.model.load import check_vocabulary, rebuild
 from lib.tokenizer import EOT
@@ -72,7 +73,7 @@ def model_card(checkpoint, path, parameters):
     """README.md: what the checkpoint, its log and the manifest of its data know of how the model came to be."""
     train, step, datasets = checkpoint["train_config"], checkpoint["step"], ""
     folder = Path(train.get("data_dir", "unknown"))
-    manifest = (read_manifest(folder) if folder.is_dir() else None) or {}
+    manifest = (read_manifest(folder) if os.path.isdir(folder) else None) or {}
     data = [manifest.get("source") or train.get("data_source") or str(folder)]
     if manifest.get("asked_revision"):  # which only a data set of the hub has
         datasets = f"\ndatasets: [{data[0]}]"
@@ -100,15 +101,15 @@ def export(path, folder):
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("the export takes pip install safetensors") from None
-    path, folder = Path(path), Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    path, folder = Path(expand(path)), Path(os.path.realpath(expand(folder)))
+    if os.path.exists(folder) and (not folder.is_dir() or list_folder(folder)):
         raise UserError(f"{folder} exists already and is not empty: name a new folder, or delete it")
     checkpoint = load_checkpoint(path, mmap=True)
     model = rebuild(checkpoint, GPT, GPTConfig)
     check_vocabulary(path, model.config)
     config, weights = to_theirs(checkpoint["config"], model.state_dict())
     # the folder is there whole or not at all; one that is there stays the same one, for a shell in it or as a mount
-    inside = folder.exists()
+    inside = os.path.exists(folder)
     unfinished = (folder if inside else folder.parent) / f"{folder.name}.{os.getpid()}.tmp"
     try:
         unfinished.mkdir(parents=True)
@@ -125,7 +126,7 @@ def export(path, folder):
         else:
             os.replace(unfinished, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}. Mend that, or name another folder") from None
+        raise UserError(f"cannot write {folder}: {error}. Fix that, or name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -10,6 +10,7 @@ the flags.
 """
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from lib.console import UserError, run_as_command, say
-from lib.files import atomic_write
+from lib.files import atomic_write, expand
 from lib.model.published import DATASETS, OTHER, SIZES, dataset_of, published, size_of
 from lib.run.log import read_log
 
@@ -42,8 +43,9 @@ def read_checkpoint(log_dir):
 
 def read_run(name, tokens_per_step, size, dataset):
     """The run of a log.txt or log_dir; what is None of it comes from a checkpoint."""
-    path = Path(name) / "log.txt" if Path(name).is_dir() else Path(name)
-    run = SimpleNamespace(path=path.resolve(), records=read_log(path))
+    path = Path(expand(name))
+    path = path / "log.txt" if os.path.isdir(path) else path
+    run = SimpleNamespace(records=read_log(path), path=Path(os.path.realpath(path)))
     name = run.path.parent.name if path.name == "log.txt" else path.name
     run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # which matplotlib would take for its own
     given = tokens_per_step, size, dataset
@@ -143,7 +145,7 @@ def main(argv=None):
         for size, dataset in sorted(kinds)
         for peer in published(size)
     ]
-    draw(runs, peers, args.out)
+    draw(runs, peers, expand(args.out))
     say(f"drawn: {args.out}")
 
 

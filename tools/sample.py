@@ -20,6 +20,7 @@ import torch
 
 from lib.console import UserError, run_as_command
 from lib.device import check_device, default_device
+from lib.files import expand
 from lib.model.load import check_vocabulary
 from lib.tokenizer import EOT, get_tokenizer
 from train_gpt2 import load_model, stream
@@ -36,7 +37,7 @@ def read_prompt(prompt):
         if prompt is None:
             data = sys.stdin.buffer.read().removesuffix(b"\n")
         elif prompt.startswith("FILE:"):
-            data = Path(prompt.removeprefix("FILE:")).read_bytes().removesuffix(b"\n")
+            data = Path(expand(prompt.removeprefix("FILE:"))).read_bytes().removesuffix(b"\n")
         else:
             data = prompt.encode()
         return data.decode()

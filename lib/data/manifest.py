@@ -5,6 +5,7 @@ The manifest of a folder of shards, and the folder while fineweb.py builds it.
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,6 @@ def build_missing(source, data_dir):
         if any(name != "lock" and not name.startswith(".") and not name.endswith(".tmp") for name in foreign):
             raise UserError(f"{data_dir}/ holds other files and no shards: make those with python fineweb.py")
         command = ["fineweb.py", "--source", source, "--out", data_dir]
-        say(f"{data_dir}/ is {'unfinished' if manifest else 'missing'}, building it: python {' '.join(command)}")
+        say(f"{data_dir}/ is {'unfinished' if manifest else 'missing'}, building it: python {shlex.join(command)}")
         if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:
             raise UserError(f"building {data_dir} failed, see above")

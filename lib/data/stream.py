@@ -15,6 +15,7 @@ import numpy as np
 from lib.console import UserError
 from lib.data.manifest import read_manifest
 from lib.data.shards import SPLITS, open_shard, split_of
+from lib.files import expand
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
 ROUNDS = 8  # of the shuffle
@@ -76,15 +77,15 @@ def npy_header(length):
     return b"\x93NUMPY\x01\x00v\x00" + shape.encode().ljust(NPY_HEADER - 11) + b"\n"
 
 
-def find_shards(data_root, splits=SPLITS):
+def find_shards(data_root, splits=SPLITS, optional=()):
     """The names of the shards of each split in name order, and the sha256 of those that a manifest knows, by name.
-    Raises UserError where a split has none."""
+    Raises UserError where a split has none that is not optional."""
     names = {split: [] for split in splits}
     for name in sorted(os.listdir(data_root)) if os.path.isdir(data_root) else ():
         if (split := split_of(name)) in names:
             names[split].append(name)
     for split in splits:
-        if not names[split]:
+        if not names[split] and split not in optional:
             raise UserError(
                 f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, 28 "
                 "GB to fetch, or your own text with --source), or try python train_gpt2.py --preset demo"
@@ -106,9 +107,10 @@ class ShardFolder:
     token count, the sha256 that a manifest has or None, the fingerprint.
     """
 
-    def __init__(self, root, splits=SPLITS):
+    def __init__(self, root, splits=SPLITS, optional=()):
+        root = expand(root)
         open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
-        self.root, (names, hashes) = root, find_shards(root, splits)
+        self.root, (names, hashes) = root, find_shards(root, splits, optional)
         pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # of thousands fewer, to start in a second
         self.shards = {split: [TokenFile.open(f"{root}/{name}", pieces) for name in names[split]] for split in splits}
         self.facts = {
@@ -117,13 +119,21 @@ class ShardFolder:
             for name, shard in zip(names[split], self.shards[split], strict=True)
         }
 
-    def check(self, T, sequences):
-        """Raise UserError where the shards hold less than the `sequences` of T tokens of a step."""
-        found = (sum(shard.length for shard in self.shards["train"]) - 1) // T
-        if found < sequences:
+    def check(self, T, sequences, validate=True):
+        """Raise UserError where the shards hold less than the `sequences` of T tokens of a step, or, to validate, less
+        than one sequence. The message has flags with which they are enough."""
+        train, val = (sum(shard.length for shard in self.shards[split]) for split in SPLITS)
+        length, fewer = T, sequences
+        while length >= (min(train, val) if validate else train):  # a sequence takes one token more, its last target
+            length //= 2
+        while length and fewer > (train - 1) // length:
+            fewer //= 2
+        if (length, fewer) != (T, sequences):
+            flags = f"--sequence_length {length} --total_batch_size {fewer * length} and fewer --max_steps"
             raise UserError(
-                f"{self.root}/ has {found} training sequences of {T} tokens, too few for one step of {sequences}: "
-                "build more, or lower total_batch_size"
+                f"{self.root}/ has {train:,} training tokens and {val:,} for validation, too few for one step of "
+                f"{sequences} sequences of {T} tokens{' and a sequence of validation' if validate else ''}: build more"
+                + (f", or give {flags}" if length else "")
             )
 
 

@@ -3,9 +3,11 @@ GPT-2 in Hugging Face's layout: the names and shapes of its config and weights, 
 """
 
 import json
+import os
+import sys
 from pathlib import Path
 
-from lib.console import UserError
+from lib.console import UserError, say
 from lib.tokenizer import EOT, get_tokenizer
 
 CONFIG = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
@@ -61,6 +63,23 @@ def read_folder(folder):
         return to_ours(config, load_file(Path(folder) / "model.safetensors"))
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: {error}") from None
+
+
+def fetch(name):
+    """OpenAI's model of that name as lib.model.load.rebuild takes it, from the hub or the cache of its client. Raises
+    UserError where it cannot be fetched."""
+    if os.path.exists(name):
+        say(f"{name} means OpenAI's weights here: the one in this folder is written ./{name}", sys.stderr)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        files = [hf_hub_download(name, file) for file in ("config.json", "model.safetensors")]
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"cannot fetch OpenAI's {name}, which takes pip install huggingface_hub safetensors and a network: {error} "
+            f"For a folder of that name, write ./{name}"
+        ) from None
+    return read_folder(Path(files[0]).parent)
 
 
 def split(token, ranks):

@@ -2,14 +2,15 @@
 A model from what was saved of one, here or elsewhere, or a message that says what does not fit.
 """
 
+import os
 from dataclasses import MISSING, fields
-from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.checkpoint import load_checkpoint
 from lib.console import UserError, print0
+from lib.files import expand, why_missing
 from lib.model import hugging_face
 from lib.tokenizer import VOCAB_SIZE
 
@@ -107,23 +108,19 @@ def from_openai(name, model_class, config_class):
     """OpenAI's weights from the Hugging Face hub."""
     if name not in OPENAI_MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
-    try:
-        from transformers import GPT2LMHeadModel
-
-        theirs = GPT2LMHeadModel.from_pretrained(name)
-    except (ImportError, OSError) as error:
-        raise UserError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
-    return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), model_class, config_class)
+    return rebuild(hugging_face.fetch(name), model_class, config_class)
 
 
 def load_model(name, model_class, config_class):
     """A model on the CPU, from an OpenAI model name, a checkpoint or a folder by tools/export_hf.py."""
     if name in OPENAI_MODELS:
         return from_openai(name, model_class, config_class)
-    if not Path(name).exists():
-        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {', '.join(OPENAI_MODELS)}")
-    read = hugging_face.read_folder if Path(name).is_dir() else load_checkpoint
-    return rebuild(read(name), model_class, config_class)
+    path = expand(name)
+    if missing := why_missing(path):
+        names = ", ".join(OPENAI_MODELS)
+        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {names}: {missing}")
+    read = hugging_face.read_folder if os.path.isdir(path) else load_checkpoint
+    return rebuild(read(path), model_class, config_class)
 
 
 def initial_model(init_from, model_config, checkpoint, model_class):

@@ -47,6 +47,12 @@ def headline(c, model, devices, peak_tflops, dtype, compiled):
         lines.append(f"MFU is 6N + 6LCT FLOP per token over {peak_tflops} TFLOP/s (datasheet)")
     if "CPU" in devices and flops > 1e17:
         lines.append("warning: this takes a CPU a day or more; no GPU? see nvidia-smi, or try --preset demo")
+    if c.warmup_steps > c.max_steps > 0:
+        lines.append(
+            f"warning: the warm-up of {c.warmup_steps} steps is longer than the run of {c.max_steps}, whose learning "
+            f"rate ends at {c.max_lr * c.max_steps / c.warmup_steps:.1e}, not {c.max_lr:.1e}: give "
+            f"--warmup_steps {max(1, c.max_steps // 20)}"
+        )
     return "\n".join(lines)
 
 

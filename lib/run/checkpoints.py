@@ -8,6 +8,7 @@ import re
 
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError, say
+from lib.files import list_folder
 
 NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; other names in the folder are other people's
 GONE = "is gone, and with it the run: start again, or restore it and resume"
@@ -23,7 +24,8 @@ def step_of(path):
 
 def list_checkpoints(log_dir):
     """The checkpoints in a folder, by their steps."""
-    return sorted((path for path in log_dir.iterdir() if NAME.fullmatch(path.name) and path.is_file()), key=step_of)
+    paths = [path for path in list_folder(log_dir) if NAME.fullmatch(path.name) and os.path.isfile(path)]
+    return sorted(paths, key=step_of)
 
 
 def remove(path):

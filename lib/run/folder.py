@@ -15,7 +15,7 @@ import torch
 from lib.checkpoint import load_checkpoint
 from lib.console import UserError, say
 from lib.distributed import from_rank_0, is_main_rank, sum_over_ranks
-from lib.files import ROOT, atomic_write, lock_folder
+from lib.files import ROOT, atomic_write, list_folder, lock_folder
 from lib.run import checkpoints
 from lib.run.log import METRICS, Log, rewind_log
 from lib.run.tracker import Tracker, start_beside, wait_for
@@ -65,8 +65,8 @@ class RunFolder:
         self.stack.close()
 
     def refuse_other_run(self):
-        files = list(self.path.iterdir()) if self.path.is_dir() else []
-        if any(path.name == "log.txt" or checkpoints.NAME.fullmatch(path.name) for path in files):
+        names = [path.name for path in list_folder(self.path)]
+        if any(name == "log.txt" or checkpoints.NAME.fullmatch(name) for name in names):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
     def open(self, mmap=False):
