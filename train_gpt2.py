@@ -5,7 +5,7 @@ Train GPT-2 from scratch: one file, read top to bottom.
     python train_gpt2.py                                            # GPT-2 124M on FineWeb-Edu, one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # the same on eight
 
-Every knob is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
+Every setting is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
 The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs besides the lesson is in lib/.
 
 Measured: the demo's validation loss falls from 10.78 to 4.63 in 103 s on 2 CPU cores (torch 2.13.0, one run).
@@ -302,19 +302,20 @@ class DataLoaderLite:
 
     def seek(self, position):
         """Continue after `position` sequences, counted over all ranks and epochs; the disk fetches the batch."""
-        self.position, self.upcoming, self.prepared = position, self.spans(position), None
-        self.tokens.will_need(self.upcoming)
+        self.position, self.prepared = position, None
+        self.upcoming = self.locate(np.arange(self.B) + position + self.process_rank * self.B)
+        for tokens, *span in self.upcoming:
+            tokens.will_need([span])
 
-    def spans(self, position):
-        """Where in the stream the batch of a position lies: B pairs of start and end."""
-        numbers = np.arange(self.B) + position + self.process_rank * self.B
+    def locate(self, numbers):
+        """Where sequences lie, by their numbers over all epochs: (stream, start, end) of each."""
         epochs, places = np.divmod(numbers, self.num_sequences)
         places = shuffle(places, self.num_sequences, self.seed, epochs)
-        return [(start, start + self.T + 1) for start in (places * self.T).tolist()]
+        return [(self.tokens, start, start + self.T + 1) for start in (places * self.T).tolist()]
 
     def prepare(self):
         """Make the next batch now, which next_batch will return."""
-        tokens = np.stack([self.tokens.read(*span) for span in self.upcoming])  # (B, T + 1) uint16
+        tokens = np.stack([stream.read(*span) for stream, *span in self.upcoming])  # (B, T + 1) uint16
         self.prepared = [torch.from_numpy(t.astype(np.int64, order="C")) for t in (tokens[:, :-1], tokens[:, 1:])]
 
     def next_batch(self):

@@ -1,11 +1,15 @@
 """
-The knobs of a run: from the command line or from Python, as plain values within their ranges.
+The settings of a run: from the command line or from Python, as plain values within their ranges.
 """
 
 import argparse
+import ast
+import functools
 import inspect
 import math
 import re
+import types
+import typing
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Integral, Real
@@ -30,15 +34,15 @@ RANGES = {
     "max_nonfinite": (1, 2**31),
     "collective_timeout": (1, 10**7),
 }
-# what a field of each type takes: the numbers of numpy and paths, too
-KINDS = {int: Integral, float: Real, str: (str, PathLike), bool: bool, bool | None: bool | None}
+# what a field of a type takes
+KINDS = {int: Integral, float: Real, str: (str, PathLike)}
 PATHS = ("data_dir", "data_source", "log_dir", "init_from")
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "tracker": ("", "tensorboard", "wandb"),
 }
-TRUTH = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0"), None: ("none", "auto")}
+TRUTH = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
 def comments_of(dataclass):
@@ -46,26 +50,57 @@ def comments_of(dataclass):
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(dataclass), re.M))
 
 
-def truth(text):
-    """The value of a switch that is given as nanoGPT's are, --compile=False; None for one that the run is to choose."""
-    for value, words in TRUTH.items():
-        if text.lower() in words:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: give the flag alone, or begin it with --no-")
+def options(kind):
+    """The types that a field's annotation allows: float and None for float | None."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+def elements(kind, count):
+    """The types of `count` elements of a tuple or list."""
+    args = typing.get_args(kind) or (str,)
+    return args[:1] * count if args[1:] in ((), (...,)) else args
+
+
+def parse(text, kind):
+    """The value of a flag, of the type of its field: "none" for None, "0.9,0.95" for a tuple, true or false for a bool.
+    A field of another type takes what one would write in Python."""
+    for option in options(kind):
+        origin = typing.get_origin(option) or option
+        try:
+            if option is types.NoneType:
+                if text.lower() in ("none", "auto"):
+                    return None
+            elif option is bool:
+                return next(value for value, words in TRUTH.items() if text.lower() in words)
+            elif origin is typing.Literal:
+                return next(value for value in typing.get_args(option) if text == str(value))
+            elif origin in (tuple, list):
+                words = text.split(",") if text else []
+                return origin(parse(*pair) for pair in zip(words, elements(option, len(words)), strict=True))
+            else:
+                return option(text) if option in (int, float, str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError, StopIteration, argparse.ArgumentTypeError):
+            continue
+    no = "; or give the flag alone, or begin it with --no-" if bool in options(kind) else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is not {name_of(kind)}{no}")
+
+
+def name_of(kind):
+    return "true or false" if kind in (bool, bool | None) else getattr(kind, "__name__", str(kind))
 
 
 def parse_args(dataclass, presets, description, argv=None):
     """The command line as a dataclass: its defaults, the preset's overrides, then the flags. Every field is a flag."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=presets, default="gpt2", help="a named set of overrides (default: gpt2)")
-    comments = comments_of(dataclass)
+    comments, kinds = comments_of(dataclass), typing.get_type_hints(dataclass)
     for field in fields(dataclass):
-        is_switch = field.type in (bool, bool | None)
-        kind = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"} if is_switch else {"type": field.type}
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".strip().replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=text, **kind)
-        if is_switch:
+        flag = {"type": functools.partial(parse, kind=kinds[field.name]), "help": text}
+        if bool in options(kinds[field.name]):
             parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help="switches it off")
+            flag |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+        parser.add_argument(f"--{field.name}", **flag)
     flags = vars(parser.parse_args(argv))
     return dataclass(**{**presets[flags.pop("preset")], **flags})
 
@@ -89,7 +124,7 @@ def batch_near(c, world_size):
 
 
 def conditions(c, world_size, model_names):
-    """What must hold between knobs, each with the message for where it does not."""
+    """What must hold between settings, each with the message for where it does not."""
     sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
     fit, near = ([], f"none; {batch_near(c, world_size)} would do") if rest else (divisors(sequences), "")
     names = ("scratch", "resume", *model_names)
@@ -123,21 +158,40 @@ def conditions(c, world_size, model_names):
     ]
 
 
+def plain_value(value, kind):
+    """A value as plain data of a field's type; a sweep may give numbers of numpy, or paths. Raises TypeError."""
+    for option in options(kind):
+        origin = typing.get_origin(option) or option
+        if origin is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif origin in (tuple, list):
+            if isinstance(value, tuple | list):
+                kinds = elements(option, len(value)) if typing.get_args(option) else map(type, value)
+                return origin(plain_value(*pair) for pair in zip(value, kinds, strict=True))
+        elif isinstance(value, KINDS.get(option, option)):
+            return option(value) if option in (int, float, str) else value
+    raise TypeError
+
+
 def plain(c):
-    """The knobs c as plain values: checkpoints hold nothing else, and a sweep may have numbers of numpy, or paths."""
-    values = {}
+    """The settings c as plain data: checkpoints hold nothing else."""
+    values, kinds = {}, typing.get_type_hints(type(c))
     for field in fields(c):
-        value, kind = getattr(c, field.name), field.type
-        if not isinstance(value, KINDS[kind]):
-            raise UserError(f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
-        values[field.name] = kind(value) if kind in (int, float, str) else value
+        value, kind = getattr(c, field.name), kinds[field.name]
+        try:
+            values[field.name] = plain_value(value, kind)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}"
+            ) from None
         if field.name in PATHS:
-            values[field.name] = expand(value)
+            values[field.name] = expand(values[field.name])
     return replace(c, **values)
 
 
 def check(c, world_size, model_names):
-    """Return the knobs as plain values. Raises UserError, with the remedy, for those that cannot run."""
+    """Return the settings as plain values. Raises UserError, with the remedy, for those that cannot run."""
     c = plain(c)
     for name, (least, most) in RANGES.items():
         if not least <= getattr(c, name) <= most:  # so that NaN is refused, too

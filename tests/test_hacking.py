@@ -1,0 +1,52 @@
+"""Every change of docs/hacking.md, taken from the page."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from support import PROBES, ROOT, environment, write_shards
+
+PAGE = (ROOT / "docs" / "hacking.md").read_text()
+SECTIONS = {title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)}
+FLAGS = """
+    --n_layer=2 --n_head=2 --n_embd=16 --sequence_length=32 --total_batch_size=128 --micro_batch_size=4 --max_steps=12
+    --warmup_steps=2 --max_lr=1e-2 --val_every=4 --val_tokens=100 --hellaswag_every=0 --sample_every=0 --plot_every=0
+    --checkpoint_every=4 --device=cpu --data_dir=data
+""".split()
+CHOSEN = {"Another activation": ["--activation=relu2"], "Another setting": ["--cooldown_steps=4"]}
+
+
+def copy_scripts(folder):
+    for name in ("train_gpt2.py", "hellaswag.py", "fineweb.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("lib", "tools", "assets"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def apply(section, folder):
+    """Apply the diffs of a section to the file that is named before them: each stands for one place in it."""
+    path = None
+    for name, diff in re.findall(r"^`(\S+\.py)`$|^```diff\n(.*?)^```$", section, re.M | re.S):
+        path = folder / name if name else path
+        if diff:
+            lines = diff.splitlines(keepends=True)
+            old, new = ("".join(line[1:] or "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+            text = path.read_text()
+            assert text.count(old) == 1, f"{text.count(old)} places in {path.name} are:\n{old}"
+            path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_change_of_the_page_trains_resumes_and_does_what_it_says(title, tmp_path):
+    copy_scripts(tmp_path)
+    apply(SECTIONS[title], tmp_path)
+    for seed, name in enumerate(("data", "my_data")):
+        write_shards(tmp_path / name, [1500, 5000, 3001], seed=seed)
+    command = [sys.executable, PROBES / "hacked.py", title, *FLAGS, *CHOSEN.get(title, [])]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=150,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
