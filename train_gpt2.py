@@ -511,7 +511,8 @@ def train(config, run):
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
     share = sequences // run.world_size  # sequences of each rank
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
-    B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
+    also = functools.partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
+    B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device, also)
     grad_accum_steps = share // B
     run.say(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     train_loader = DataLoaderLite(B, T, run.rank, run.world_size, "train", data, model.config.vocab_size, config.seed)

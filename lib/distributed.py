@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lib.console import UserError
+from lib.device import claim_gpu
 
 
 @contextlib.contextmanager
@@ -28,9 +29,7 @@ def distributed(device, timeout):
         device = "cuda" if torch.cuda.is_available() else device
     if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device, torch.cpu).is_available() is False:
         raise UserError(f"device is {device}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
-    device = torch.device(device, local_rank if device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = claim_gpu(local_rank) if device == "cuda" else torch.device(device)
     if world_size:
         on_device = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         joining = max(60, timeout)  # importing torch takes one rank longer than another
