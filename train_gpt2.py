@@ -30,7 +30,7 @@ from lib.checkpoint import load_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import build_missing
 from lib.data.stream import ShardFolder, TokenStream, shuffle
-from lib.device import choose_compile, choose_dtype, to_device
+from lib.device import choose_compile, choose_dtype, flash_attention, to_device
 from lib.distributed import mean_over_ranks, sum_over_ranks, wait_for_all
 from lib.model import hugging_face, plan
 from lib.model import published as reference
@@ -408,7 +408,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
     start = 0  # tokens in the cache
     for _ in range(max_new_tokens):
         idx = idx[:, -c.block_size :]
-        hidden = model.hidden_states(idx[:, start:], cache, start)
+        with flash_attention():
+            hidden = model.hidden_states(idx[:, start:], cache, start)
         logits = model.head(hidden[:, -1])[:, :50257].nan_to_num()  # not the padding; a diverged run samples, too
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token

@@ -36,3 +36,10 @@ def test_the_allocator_maps_pages_unless_the_user_has_configured_it(two_gpus, mo
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     device.claim_gpu(0)
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_changing_lengths_go_without_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with device.flash_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
