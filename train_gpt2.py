@@ -164,8 +164,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), cache, start)
-        x = x + self.mlp(self.ln_2(x))
+        # autocast's layer norms give float32: cast before the product, since DDP may split the graph between them
+        x = x + self.attn(self.ln_1(x).to(x.dtype), cache, start)
+        x = x + self.mlp(self.ln_2(x).to(x.dtype))
         return x
 
 
