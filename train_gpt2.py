@@ -30,7 +30,7 @@ from lib.checkpoint import load_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import build_missing
 from lib.data.stream import ShardFolder, TokenStream, shuffle
-from lib.device import choose_compile, choose_dtype, flash_attention, to_device
+from lib.device import choose_dtype, compile_model, flash_attention, to_device
 from lib.distributed import mean_over_ranks, sum_over_ranks, wait_for_all
 from lib.model import hugging_face, plan
 from lib.model import published as reference
@@ -493,7 +493,7 @@ def train(config, run):
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     shape = GPTConfig(T, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     model = initial_model(config.init_from, shape, checkpoint).to(device)
-    compiled = ddp = torch.compile(model, dynamic=False) if choose_compile(config.compile, device) else model
+    compiled = ddp = compile_model(model, config.compile, device)
     if run.world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
         megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))

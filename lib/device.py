@@ -5,7 +5,6 @@ The device: its name and peak, the types and the compiler that it takes.
 import os
 import re
 import sys
-from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,13 +66,23 @@ def choose_dtype(name, device):
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-def choose_compile(wanted, device):
-    """Whether to compile: as wanted, or, where that is None, on CUDA."""
-    cuda = device.type == "cuda"
-    if wanted is not False and cuda and (torch.cuda.get_device_capability() < (7, 0) or not find_spec("triton")):
-        say("warning: torch.compile is off: it takes pip install triton, and a GPU of compute capability 7.0")
-        return False
-    return cuda if wanted is None else wanted
+def compile_model(model, wanted, device):
+    """torch.compile(model), if wanted or, where that is None, on CUDA; otherwise the model itself, which is also what
+    remains, with a warning, where this machine cannot compile. A run begins with a fresh compiler: it takes a limited
+    number of shapes, of all runs in a process together."""
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return model
+    torch.compiler.reset()
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel takes all that the others take
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        say(
+            f"warning: torch.compile is off: {reason}. It takes a C++ compiler and Python.h (apt-get install g++ "
+            "python3-dev), on CUDA also triton and a GPU of compute capability 7.0"
+        )
+        return model
+    return torch.compile(model, dynamic=False)
 
 
 def flash_attention():

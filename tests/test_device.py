@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from support import flags_of, losses, run
 
 from lib import device
 from lib.console import UserError
@@ -43,3 +44,32 @@ def test_changing_lengths_go_without_cudnn():
     with device.flash_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_without_a_compiler_a_run_goes_on_uncompiled(tiny, tmp_path):
+    (tmp_path / "bin").mkdir()
+    env = {"PATH": str(tmp_path / "bin"), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = run("train_gpt2.py", "--compile", *flags_of(tiny(max_steps=2)), env=env)
+    assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
+    assert "warning: torch.compile is off" in result.stdout and "apt-get install g++" in result.stdout
+    assert "compile off" in result.stdout and len(losses(tmp_path / "log", "train")) == 2
+
+
+def test_each_run_begins_with_a_fresh_compiler():
+    """Whatever was compiled before: as many shapes as the compiler takes are compiled for again."""
+    cpu, limit, compiled = torch.device("cpu"), torch._dynamo.config.recompile_limit, []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def module():
+        return torch.nn.Linear(2, 2)
+
+    original = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **options: original(f, backend=backend, **options))
+        for n in range(1, limit + 3):
+            before = len(compiled)
+            device.compile_model(module(), True, cpu)(torch.zeros(n, 2))
+            assert len(compiled) - before == 2, n  # the trial kernel and the model
