@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from lib.console import UserError, run_as_command, say
-from lib.device import check_device, default_device
+from lib.device import check_device, default_device, flash_attention
 from lib.distributed import sum_over_ranks
 from lib.files import atomic_write
 from lib.model.load import check_vocabulary
@@ -139,6 +139,7 @@ def load(rank, local_rank, world_size, device, max_length):
 
 
 @torch.no_grad()
+@flash_attention()
 def score(model, batches, device, check_stop=lambda: None):
     """The endings' losses in nats, in the order of the batches: (n, 2, 4) float32, sums over tokens and normalized.
 

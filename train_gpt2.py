@@ -171,8 +171,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), cache, start)
-        x = x + self.mlp(self.ln_2(x))
+        # autocast's layer norms give float32: cast before the product, since DDP may split the graph between them
+        x = x + self.attn(self.ln_1(x).to(x.dtype), cache, start)
+        x = x + self.mlp(self.ln_2(x).to(x.dtype))
         return x
 
 
@@ -387,7 +388,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
     start = 0  # tokens in the cache
     for _ in range(max_new_tokens):
         idx = idx[:, -c.block_size :]
-        hidden = model.hidden_states(idx[:, start:], cache, start)
+        with devices.flash_attention():
+            hidden = model.hidden_states(idx[:, start:], cache, start)
         logits = model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num()  # not the padding; a diverged run samples, too
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
@@ -425,8 +427,6 @@ def process_group(device, timeout):
     """
     rank, local_rank, world_size = torchrun_ranks()
     device = devices.choose_device(device, local_rank, in_group=world_size > 0)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if world_size:
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         store = new_store(rank, world_size, max(60, timeout))
@@ -435,9 +435,7 @@ def process_group(device, timeout):
     try:
         yield rank, local_rank, max(1, world_size), device
     except BaseException as error:
-        if world_size > 1 and not isinstance(
-            error, Stopped
-        ):  # leaving in order would wait for ranks that wait for this
+        if world_size > 1 and not isinstance(error, Stopped):  # or it would wait for ranks that wait for it
             os._exit(report(error))
         raise
     finally:
@@ -521,7 +519,7 @@ def train(config, ranks, folder):
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     model = load.initial_model(config.init_from, GPTConfig.of(config), checkpoint, GPT).to(device)
-    compiled = ddp = torch.compile(model, dynamic=False) if devices.choose_compile(config.compile, device) else model
+    compiled = ddp = devices.compile_model(model, config.compile, device)
     if world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
         megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
@@ -548,7 +546,8 @@ def train(config, ranks, folder):
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
     share = sequences // world_size  # sequences of each rank
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
-    B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device)
+    also = functools.partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
+    B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device, also)
     grad_accum_steps = share // B
     print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", data, model.config.vocab_size, config.seed)

@@ -2,10 +2,12 @@
 The device: its name and peak, the types and the compiler that it takes.
 """
 
+import os
 import re
-from importlib.util import find_spec
+import sys
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.console import UserError, say
 
@@ -50,21 +52,53 @@ def choose_device(name, local_rank, in_group):
         name = "cpu" if name == "mps" and in_group else name  # gloo cannot sum on an Apple GPU
     if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(name, torch.cpu).is_available() is False:
         raise UserError(f"device is {name}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
-    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+    return claim_gpu(local_rank) if name == "cuda" else torch.device(name)
+
+
+def claim_gpu(local_rank):
+    """This rank's GPU, made the current one. Raises UserError where torchrun started more ranks on this machine than it
+    has GPUs.
+
+    Where the user has not configured PyTorch's allocator, it is told to map memory page by page: in fixed segments the
+    gaps between tensors come to a third of GPT-2 124M's memory."""
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
+    if ranks > gpus:
         raise UserError(
-            f"local rank {local_rank} has no GPU, this machine has {count}: give torchrun --nproc_per_node={count}, or "
-            "check CUDA_VISIBLE_DEVICES"
+            f"torchrun started {ranks} ranks on this machine, where torch sees {gpus} GPUs: give it --nproc_per_node="
+            f"{gpus}, and check nvidia-smi and CUDA_VISIBLE_DEVICES if there are more"
         )
-    return torch.device(name, local_rank if name == "cuda" else None)
+    chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
+    if not chosen and sys.platform == "linux":
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # is read at the first call of CUDA
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
-def choose_compile(wanted, device):
-    """Whether to compile: as wanted, or, where that is None, on CUDA."""
-    cuda = device.type == "cuda"
-    if wanted is not False and cuda and (torch.cuda.get_device_capability() < (7, 0) or not find_spec("triton")):
-        say("warning: torch.compile is off: it takes pip install triton, and a GPU of compute capability 7.0")
-        return False
-    return cuda if wanted is None else wanted
+def compile_model(model, wanted, device):
+    """torch.compile(model), if wanted or, where that is None, on CUDA; otherwise the model itself, which is also what
+    remains, with a warning, where this machine cannot compile. A run begins with a fresh compiler: it takes a limited
+    number of shapes, of all runs in a process together."""
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return model
+    torch.compiler.reset()
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel takes all that the others take
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        say(
+            f"warning: torch.compile is off: {reason}. It takes a C++ compiler and Python.h (apt-get install g++ "
+            "python3-dev), on CUDA also triton and a GPU of compute capability 7.0"
+        )
+        return model
+    return torch.compile(model, dynamic=False)
+
+
+def flash_attention():
+    """A context for lengths that change: attention by any kernel but cuDNN's, which comes first on Hopper and makes a
+    plan for each new length, 23 to 37 ms. Compiled code, whose lengths are fixed, stays outside."""
+    kernels = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE
+    return sdpa_kernel(list(kernels))
 
 
 def to_device(tensors, device):

@@ -47,16 +47,44 @@ def shapes_of(state):
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def parts_of(optimizer):
+    return optimizer.optimizers if isinstance(optimizer, Optimizers) else [optimizer]
+
+
+def make_moments(optimizer):
+    """Give AdamW its moments now. Its first step would make them in the gaps between that step's gradients, and those
+    of the next would not find the room any more that the rehearsal found. Other optimizers make theirs in a step."""
+    for part in parts_of(optimizer):
+        groups = part.param_groups if type(part) is torch.optim.AdamW else []
+        for group in [] if any(group["amsgrad"] for group in groups) else groups:
+            for p in [p for p in group["params"] if not part.state[p]]:
+                step = torch.zeros((), device=p.device if group["fused"] or group["capturable"] else "cpu")
+                part.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+
 def expected_state(optimizer):
-    """What this optimizer keeps for each of its parameters, as a list of dicts: a copy of it is made to take a step."""
-    trial = object.__new__(type(optimizer))
-    trial.__dict__ = copy.deepcopy(optimizer.__dict__)  # its parameters, too
-    parameters = [p for group in trial.param_groups for p in group["params"]]
-    for parameter in parameters:
-        if parameter.requires_grad:
+    """What this optimizer keeps for each of its parameters, as a list of dicts; a copy of it takes a step to find out."""
+    make_moments(optimizer)
+    trial = optimizer
+    if not optimizer.state:
+        trial = object.__new__(type(optimizer))
+        trial.__dict__ = copy.deepcopy(optimizer.__dict__)  # its parameters, too
+        for parameter in [p for group in trial.param_groups for p in group["params"] if p.requires_grad]:
             parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    return [trial.state.get(parameter, {}) for parameter in parameters]
+        trial.step()
+    return [trial.state.get(p, {}) for group in trial.param_groups for p in group["params"]]
+
+
+def missing_state(optimizer):
+    """Tensors like those that the first step will make, to see whether there is room for them."""
+    return [
+        torch.empty_like(value)
+        for part in parts_of(optimizer)
+        if not part.state
+        for state in expected_state(part)
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
 
 
 def load_optimizer(optimizer, state, trained, settings=None):
@@ -68,9 +96,8 @@ def load_optimizer(optimizer, state, trained, settings=None):
     """
     try:
         if isinstance(optimizer, Optimizers):
-            parts = zip(optimizer.optimizers, state["optimizers"], strict=True)
             settings = iter(settings or [])
-            for part, its_state in parts:
+            for part, its_state in zip(optimizer.optimizers, state["optimizers"], strict=True):
                 its_settings = [group for _, group in zip(part.param_groups, settings, strict=False)]
                 load_optimizer(part, its_state, trained, its_settings)
             return
@@ -86,6 +113,7 @@ def load_optimizer(optimizer, state, trained, settings=None):
             began = settings[i] if settings else {}
             evolved = {name: theirs[name] for name in began if name in theirs and own.get(name) == began[name]}
             groups.append({**own, **evolved, "lr": theirs["lr"], "params": theirs["params"]})
+        optimizer.state.clear()  # its memory
         optimizer.load_state_dict({**state, "param_groups": groups})
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import hellaswag
 from lib.console import UserError, run_as_command
-from lib.device import name_and_peak
+from lib.device import flash_attention, name_and_peak
 from lib.files import expand
 from lib.model.memory import fit_in_memory
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
@@ -33,7 +33,8 @@ def one_at_a_time(model, item, device):
     """The tutorial's way: four rows, the logits of all their tokens. Returns the ending of the lowest mean loss."""
     _, tokens, mask, _ = hellaswag.render_example(item)
     tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
-    logits = model(tokens)[0][:, :-1, :50257].float()
+    with flash_attention():  # as hellaswag.py
+        logits = model(tokens)[0][:, :-1, :50257].float()
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
     return ((losses * mask).sum(dim=1) / mask.sum(dim=1)).argmin().item()
 

@@ -11,27 +11,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.console import UserError
 from lib.distributed import sum_over_ranks
+from lib.optimizers import make_moments, missing_state
+
+SPARE = 64 << 20  # bytes of a GPU that a run does not plan with: kernels that are loaded later take their own room
 
 
-def rehearse(model, optimizer, B, T, vocab_size, device, autocast):
-    """Allocate what a run needs at most: two micro-batches of B x T tokens, the second beside the gradients of the
-    first, room for AdamW's two moments, and one of validation, whose float32 logits can take more than all activations
-    of a small model. Neither weights nor random state change."""
-    parameters = list(model.parameters())
-    moments = [torch.empty_like(p) for p in 2 * parameters if not optimizer.state]
+def rehearse(model, optimizer, B, T, vocab_size, device, autocast, count=2, also=None):
+    """Allocate what a run needs at most: `count` micro-batches of B x T tokens, the second beside the gradients of the
+    first, one of validation, whose float32 logits can take more than all activations of a small model, and what also()
+    takes. Neither weights nor random state change."""
+    is_ddp = isinstance(model, DistributedDataParallel)
+    spare = torch.empty(SPARE if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    state = missing_state(optimizer)
     x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
     y = x.clone()  # one tensor in two places would be compiled for by itself
     with getattr(model, "no_sync", contextlib.nullcontext)():  # ranks need not agree here on what fits
-        for _ in range(2):
+        for _ in range(count):
             with autocast():
                 _, loss = model(x, y, return_logits=False)
             loss.backward()
-    alone = model.module if isinstance(model, DistributedDataParallel) else model
+    optimizer.zero_grad(set_to_none=not is_ddp)
+    alone = model.module if is_ddp else model
     alone.eval()
     with torch.no_grad(), autocast():
         alone(x, y, return_logits=False)
+        if also:
+            also()
     alone.train()
-    del moments
+    del spare, state
 
 
 def warm_up(model, device):
@@ -71,18 +78,21 @@ def fit_in_memory(attempt, size, total, recompute, device):
     raise UserError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
-def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, device):
+def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, device, also=None):
     """Return (the micro-batch size to use, what to say of it): B, or less where that does not fit beside the model and
-    its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it."""
+    its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it.
+    also: computes, in eval mode, what a run on a GPU needs memory for besides training and validation."""
 
     is_ddp = isinstance(model, DistributedDataParallel)
+    make_moments(optimizer)
     if is_ddp or device.type == "cuda":
         warm_up(model, device)
 
     def attempt(size, recompute):
         gpt.activation_checkpointing = recompute
         try:
-            rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast)
+            micro_steps, more = min(2, sequences // size), also if device.type == "cuda" else None
+            rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast, micro_steps, more)
         finally:
             optimizer.zero_grad(set_to_none=not is_ddp)
 
