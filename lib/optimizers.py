@@ -63,7 +63,7 @@ def make_moments(optimizer):
 
 
 def expected_state(optimizer):
-    """What this optimizer keeps for each of its parameters, as a list of dicts; a copy of it takes a step to find out."""
+    """What this optimizer keeps for each of its parameters, as dicts: a copy of it takes a step to find out."""
     make_moments(optimizer)
     trial = optimizer
     if not optimizer.state:
