@@ -70,12 +70,13 @@ def texts_of(picture):
     return re.findall(r"<!-- (.*?) -->", picture.read_text())
 
 
-def test_every_kind_of_record_has_a_panel_after_the_two_main_ones(tmp_path, monkeypatch):
-    records = {"grad_noise": {0: 1.5, 9: 2.5}, "lr": {s: 1e-3 * s for s in range(300)}, "norm": {0: 9.0, 9: 0.25}}
-    records |= {"hella": {0: 0.25}, "train": {0: 10.9}, "val": {0: 10.8}}
-    monkeypatch.setattr(plot, "read_log", lambda path: records)
+def test_every_kind_of_record_has_a_panel_after_the_two_main_ones(tmp_path):
+    lines = [f"{step} lr {1e-3 * step:.4e}" for step in range(300)]
+    lines[9:9] = ["9 grad_noise 2.5", "9 norm 0.25"]
+    lines[:0] = ["0 grad_noise 1.5", "0 norm 9.0", "0 hella 0.25", "0 train 10.9", "0 val 10.8"]
+    log = write_log(tmp_path / "log", "\n".join([*lines, ""]))
     flags = ["--tokens_per_step=512", "--size=other", "--dataset=other"]
-    plot.main([str(write_log(tmp_path / "log", "")), *flags, "--out", str(tmp_path / "out.svg")])
+    plot.main([str(log), *flags, "--out", str(tmp_path / "out.svg")])
     texts = texts_of(tmp_path / "out.svg")
     titles = ["loss, nats per token", "HellaSwag, acc_norm", "learning rate", "gradient norm, before clipping"]
     assert [text for text in texts if text in (*titles, "grad_noise")] == [*titles, "grad_noise"]

@@ -124,7 +124,7 @@ def draw_panel(axes, panel, curves, end, unit):
     low, high = (limit(inside or early or [0]) for limit in (min, max))
     margin = 0.04 * (high - low) or 0.1
     axes.set(ylim=(low - margin, high + margin), xlim=(0, end / unit), xlabel=UNITS[unit])
-    axes.set_title(TITLES.get(panel, panel))
+    axes.set_title(TITLES.get(panel, panel.replace("$", r"\$")))
     axes.legend(loc="upper right" if panel == "val" else "best", fontsize="small")
     axes.grid(alpha=0.3)
 

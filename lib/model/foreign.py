@@ -5,6 +5,7 @@ state dicts, safetensors.
 
 import json
 import math
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from lib.console import UserError
-from lib.model.hugging_face import CONFIG, check_tied, differences, transposed, weight_shapes
-from lib.tokenizer import EOT
+from lib.files import expand
+from lib.model.hugging_face import CONFIG, differences, transposed, weight_shapes
+from lib.tokenizer import VOCAB_SIZE
 
 LLM_C = 20240326  # the first number of llm.c's files of weights; those below begin its other files
 NO_WEIGHTS = {20240520: "tokens", 20240522: "tokens", 20240327: "a debug state", 20240527: "the optimizer's state"}
@@ -137,7 +139,7 @@ def read_any(path):
 
 def check_fields(config):
     """Raise UserError for a field that may change what the model computes: what this code does not know is off."""
-    odd = {name: value for name, value in config.items() if name not in HARMLESS and value not in (None, False, "")}
+    odd = {name: value for name, value in config.items() if name not in HARMLESS and value}
     if odd:
         raise UserError(
             f"its config has fields that this code does not know, so that it may compute something else than GPT-2: "
@@ -202,8 +204,8 @@ def read_foreign(path, n_head=None):
     checkpoint: as lib.model.load.rebuild takes it; facts: numbers that the file gives, by name; notes: what else the
     user should know. n_head is for files that do not say it. Raises UserError for what is, or may be, no GPT-2.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = Path(expand(path))
+    if os.path.isdir(path):
         raise UserError(
             f"{path} is a folder: give a file in it. One with config.json and model.safetensors needs no import: "
             f"--init_from {path}"
@@ -212,8 +214,8 @@ def read_foreign(path, n_head=None):
         found = read_any(path)
         check_fields(found.config)
         weights, notes = our_names(found.weights), []
-        check_tied(weights)
         config = sizes(weights)
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # rebuild refuses one that differs
         for name in config.keys() - {"vocab_size"}:  # which may be padded
             if found.config.get(name, config[name]) != config[name]:
                 raise UserError(f"its config has {name} {found.config[name]}, its weights have {config[name]}")
@@ -238,7 +240,7 @@ def read_foreign(path, n_head=None):
         notes.append(f"{len(zeros)} biases that the model does not have are zeros, which compute the same")
     if len(weights["transformer.h.0.attn.c_attn.weight"]) == config["n_embd"]:  # (in, out), as in OpenAI's files
         weights = {name: transposed(name, weight) for name, weight in weights.items()}
-    if rows := max(0, config["vocab_size"] - EOT - 1):
-        notes.append(f"{rows} rows of its embedding, beyond GPT-2's {EOT + 1:,} tokens, are left out as padding")
+    if (rows := config["vocab_size"] - VOCAB_SIZE) > 0:
+        notes.append(f"{rows} rows of its embedding, beyond GPT-2's {VOCAB_SIZE:,} tokens, are left out as padding")
     weights = {name: weight.float() for name, weight in weights.items()}
     return {"config": config, "model": weights}, found.facts, notes

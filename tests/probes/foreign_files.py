@@ -89,7 +89,8 @@ def main(folder):
 
     # those that are not, or not known to be
     save("whole.pt", {"model": GPT(2, 2), "config": GPTConfig()})
-    save("untied.pt", {**weights, "lm_head.weight": weights["lm_head.weight"] + 0.1})
+    untied = {**weights, "lm_head.weight": weights["lm_head.weight"] + 0.1}
+    save("untied.pt", {"model": untied, "config": GPTConfig()})
     for name, field in (("relu", {"activation": "relu"}), ("relu_flag", {"use_relu": True})):
         config = GPTConfig()
         vars(config).update(field)
