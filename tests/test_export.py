@@ -1,5 +1,6 @@
 """The exported folder is the same model and the same tokenizer, for transformers and for ourselves."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -279,6 +280,19 @@ def test_weights_that_gpt2_does_not_have_are_refused(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"not GPT-2 any more: its head, lm_head\.weight, is not its embedding"):
         write_folder(tmp_path / "out", model, lambda parameters: "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_the_layout_cannot_say_is_compared_or_refused(tmp_path, monkeypatch):
+    @dataclass
+    class Config(GPTConfig):
+        activation: str = "gelu"
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for activation in ("gelu", "relu"):
+        model = GPT(Config(8, 50304, 1, 1, 8, activation))
+        with contextlib.nullcontext() if activation == "gelu" else pytest.raises(UserError, match="activation='relu'"):
+            write_folder(tmp_path / activation, model, lambda parameters: "")
+    assert [path.name for path in tmp_path.iterdir()] == ["gelu"]
 
 
 def test_it_says_whether_it_was_compared(checkpoint, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from lib.checkpoint import load_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import read_manifest
 from lib.files import expand, list_folder
-from lib.model.hugging_face import to_theirs, vocabulary
+from lib.model.hugging_face import CONFIG, to_theirs, vocabulary
 from lib.model.load import check_vocabulary, rebuild
 from lib.tokenizer import EOT
 from train_gpt2 import GPT, GPTConfig
@@ -114,6 +114,12 @@ def compare(folder, model):
         from transformers import GPT2LMHeadModel
         from transformers.utils import logging
     except (ImportError, RuntimeError):
+        settings = {field.name: (getattr(model.config, field.name), field.default) for field in fields(model.config)}
+        if odd := [f"{name}={v!r}" for name, (v, default) in settings.items() if name not in CONFIG and v != default]:
+            raise UserError(
+                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot say. Whether it computes the same "
+                "without is compared with transformers: pip install transformers"
+            ) from None
         say("not compared with transformers, which is not installed: see that the model is GPT-2 as it was")
         return
     verbosity = logging.get_verbosity()
