@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import shlex
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,7 +67,7 @@ def load_checkpoint(path, mmap=False):
             if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
                 raise UserError(
                     f"{path} is not written by this trainer, or cut off: import it with python -m tools.import_model "
-                    f"{path} FOLDER"
+                    f"{shlex.quote(str(path))} FOLDER"
                 )
             file.seek(0)
             while chunk := file.read(min(1 << 20, size - file.tell())):

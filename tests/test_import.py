@@ -150,12 +150,13 @@ def test_the_program_says_what_differs_and_the_folder_goes_where_a_checkpoint_do
 
 
 def test_a_run_of_another_program_is_sent_to_the_import(files, tiny, tmp_path):
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "log.txt").write_text("0 val 10.9\n250 val 3.25\n")
-    shutil.copy(files / "tutorial.pt", tmp_path / "log" / "model_00250.pt")
-    path = tmp_path / "log" / "model_00250.pt"
-    for config in (tiny(init_from="resume"), tiny(init_from=str(path), log_dir=str(tmp_path / "new"))):
-        with pytest.raises(UserError, match=f"python -m tools.import_model {path} FOLDER"):
+    path = tmp_path / "their log" / "model_00250.pt"
+    path.parent.mkdir()
+    (path.parent / "log.txt").write_text("0 val 10.9\n250 val 3.25\n")
+    shutil.copy(files / "tutorial.pt", path)
+    resume = tiny(init_from="resume", log_dir=str(path.parent))
+    for config in (resume, tiny(init_from=str(path), log_dir=str(tmp_path / "new"))):
+        with pytest.raises(UserError, match=f"python -m tools.import_model '{path}' FOLDER"):
             main(config)
     assert sorted(file.name for file in path.parent.iterdir() if file.name != "lock") == ["log.txt", "model_00250.pt"]
 

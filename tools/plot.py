@@ -145,13 +145,11 @@ def show_beginning(axes, curves, first, end, unit, tokens_per_step):
         ticks = [n * 10.0**k for k in range(-3, 9) for n in (1, 2, 5) if first <= n * 10.0**k * of_axis <= end]
         axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    for tokens, values, style in curves:
-        for place in [
-            tick * tokens_per_step for tick in ticks if tick * tokens_per_step < tokens.max() and len(values) > 2
-        ]:
-            value = np.interp(place, tokens, values)
-            axes.plot(place / unit, value, "o", color=style["color"], markersize=4)
-            axes.annotate(f"{value:.3g}", (place / unit, value), (4, 4), textcoords="offset points", fontsize="small")
+    for tokens, values, style in [curve for curve in curves if len(curve[0]) > 2]:
+        places = np.array([tick * tokens_per_step for tick in ticks if tick * tokens_per_step < tokens.max()])
+        axes.plot(places / unit, np.interp(places, tokens, values), "o", color=style["color"], markersize=4)
+        for x, y in zip(places / unit, np.interp(places, tokens, values), strict=True):
+            axes.annotate(f"{y:.3g}", (x, y), (4, 4), textcoords="offset points", fontsize="small")
     seen = np.concatenate([values[tokens > 0] for tokens, values, _ in curves])
     margin = 0.06 * (seen.max() - seen.min()) or 0.1
     axes.set_ylim(seen.min() - margin, seen.max() + margin)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -208,7 +209,7 @@ def read_foreign(path, n_head=None):
     if os.path.isdir(path):
         raise UserError(
             f"{path} is a folder: give a file in it. One with config.json and model.safetensors needs no import: "
-            f"--init_from {path}"
+            f"--init_from {shlex.quote(str(path))}"
         )
     try:
         found = read_any(path)

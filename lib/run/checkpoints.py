@@ -5,6 +5,7 @@ The checkpoints in the folder of a run.
 import errno
 import os
 import re
+import shlex
 
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError, say
@@ -77,7 +78,7 @@ def newest_whole_checkpoint(log_dir):
         raise UserError(
             f"none of the {len(paths)} checkpoints in {log_dir}/ is whole and of this trainer: restore one from a "
             "backup. Of another program's run, import the model: python -m tools.import_model "
-            f"{paths[0]} FOLDER, then --init_from FOLDER with another --log_dir"
+            f"{shlex.quote(str(paths[0]))} FOLDER, then --init_from FOLDER with another --log_dir"
         )
     return None
 
