@@ -205,8 +205,8 @@ def copy_with(folder, target, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [({"activation_function": "relu"}, "activation_function relu, not gelu_new"), ({"n_layer": 3}, "does not fit"),
-     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "does not fit"),
-     ({"n_embd": "wide"}, "needs whole numbers")],
+     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "cannot be made from its config"),
+     ({"n_embd": "wide"}, "n_embd 'wide' in its config: it must be 1 or more")],
 )  # fmt: skip
 def test_another_model_is_refused(folder, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
