@@ -5,6 +5,8 @@ The file of a checkpoint: complete or not there, plain data only, checked when i
 import hashlib
 import os
 import pickle
+import re
+import shlex
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,12 +62,19 @@ def load_checkpoint(path, mmap=False):
     try:
         with open(path, "rb") as file:
             size, digest = max(0, file.seek(0, os.SEEK_END) - 66), hashlib.sha256()
+            file.seek(size)
+            end = file.read()
+            if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
+                raise UserError(
+                    f"{path} is not written by this trainer, or cut off: import it with python -m tools.import_model "
+                    f"{shlex.quote(str(path))} FOLDER"
+                )
             file.seek(0)
             while chunk := file.read(min(1 << 20, size - file.tell())):
                 digest.update(chunk)
             digest.update(bytes(2))  # the comment length that torch wrote
-            if file.read() != COMMENT_LENGTH + digest.hexdigest().encode():
-                raise UserError(f"{path} is damaged, or no checkpoint of train_gpt2.py: its sha256 does not match")
+            if end != COMMENT_LENGTH + digest.hexdigest().encode():
+                raise UserError(f"{path} is damaged: its sha256 does not match. Copy it again, or take another one")
         # weights_only, since other pickles could run anything
         contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -1,23 +1,29 @@
 """The exported folder is the same model and the same tokenizer, for transformers and for ourselves."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import stat
-from dataclasses import asdict
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import ROOT, disk, losses, run, write_shards
+from support import ROOT, disk, environment, losses, run, write_shards
 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError
 from lib.model.hugging_face import read_folder
 from lib.tokenizer import get_tokenizer
-from tools.export_hf import export
+from tools import export_hf
+from tools.export_hf import export, write_folder
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
 
 
@@ -41,8 +47,6 @@ def checkpoint(model, tmp_path_factory):
     contents |= {"train_config": train_config, "val_loss": 3.25, "commit": "abc123"}
     write_checkpoint(folder / "model_00012.pt", contents)
     (folder / "log.txt").write_text("0 val 10.9\n11 train 3.456789\n12 val 3.2500\n12 hella 0.2987\n")
-    from tools import export_hf
-
     with pytest.MonkeyPatch.context() as patch:  # shards of the hub that are not there
         patch.setattr(export_hf, "read_manifest", lambda folder: manifest)
         export(str(folder / "model_00012.pt"), str(folder / "exported"))
@@ -138,8 +142,6 @@ def test_a_mount_point_can_be_exported_to(checkpoint, folder, tmp_path):
 
 
 def test_the_model_card_names_no_dataset_of_the_hub_for_local_text(checkpoint, monkeypatch):
-    from tools import export_hf
-
     monkeypatch.setattr(export_hf, "read_manifest", lambda folder: {"source": "/home/me/my_texts", "revision": "0ff"})
     card = export_hf.model_card(load_checkpoint(checkpoint), checkpoint, 1e6)
     assert "datasets:" not in card and "| data | /home/me/my_texts |" in card
@@ -203,8 +205,8 @@ def copy_with(folder, target, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [({"activation_function": "relu"}, "activation_function relu, not gelu_new"), ({"n_layer": 3}, "does not fit"),
-     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "does not fit"),
-     ({"n_embd": "wide"}, "needs whole numbers")],
+     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "cannot be made from its config"),
+     ({"n_embd": "wide"}, "n_embd 'wide' in its config: it must be 1 or more")],
 )  # fmt: skip
 def test_another_model_is_refused(folder, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
@@ -232,10 +234,95 @@ def test_openais_own_files_are_read(folder, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_folder_with_a_head_of_its_own_is_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    target = copy_with(folder, tmp_path / "untied")
+    weights = load_file(target / "model.safetensors")
+    wte = weights["transformer.wte.weight"]
+    for head, message in ((wte.clone(), None), (wte + 0.1, "lm_head.weight and .*wte.weight differ")):
+        save_file({**weights, "lm_head.weight": head}, target / "model.safetensors")
+        if message:
+            with pytest.raises(UserError, match=message):
+                load_model(str(target))
+        else:
+            assert torch.equal(load_model(str(target)).lm_head.weight, wte)
+
+
+def test_an_export_that_computes_something_else_is_refused(checkpoint, tmp_path):
+    """One edited line, as a user of the script would make it: Hugging Face's layout has no way to say it."""
+    code = tmp_path / "code"
+    for name in ("lib", "tools", "assets"):
+        shutil.copytree(ROOT / name, code / name)
+    for name in ("train_gpt2.py", "hellaswag.py", "fineweb.py"):
+        shutil.copy(ROOT / name, code)
+    text = (code / "train_gpt2.py").read_text()
+    text, count = re.subn(r'F\.gelu\((.*), approximate="tanh"\)', r"F.relu(\1)", text)
+    assert count == 1
+    (code / "train_gpt2.py").write_text(text)
+    command = [sys.executable, "-m", "tools.export_hf", checkpoint, tmp_path / "out"]
+    result = subprocess.run(command, cwd=code, env=environment(PYTHONPATH=str(code)), capture_output=True, text=True)
+    assert result.returncode == 2, result.stdout
+    found = re.fullmatch(
+        r"error: transformers computes other logits .* by up to (\S+), where 0\.001 .*\n", result.stderr
+    )
+    assert found and float(found[1]) > 0.01, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code"]
+
+
+def test_weights_that_gpt2_does_not_have_are_refused(checkpoint, tmp_path):
+    model = GPT(GPTConfig(8, 50304, 1, 1, 8))
+    model.transformer["h"][0].ln_3 = torch.nn.LayerNorm(8)
+    with pytest.raises(UserError, match=r"not GPT-2 any more: it has, or lacks, transformer\.h\.0\.ln_3\.bias"):
+        write_folder(tmp_path / "out", model, lambda parameters: "")
+    model = GPT(GPTConfig(8, 50304, 1, 1, 8))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.1)
+    with pytest.raises(UserError, match=r"not GPT-2 any more: its head, lm_head\.weight, is not its embedding"):
+        write_folder(tmp_path / "out", model, lambda parameters: "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_the_layout_cannot_say_is_compared_or_refused(tmp_path, monkeypatch):
+    @dataclass
+    class Config(GPTConfig):
+        activation: str = "gelu"
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for activation in ("gelu", "relu"):
+        model = GPT(Config(8, 50304, 1, 1, 8, activation))
+        with contextlib.nullcontext() if activation == "gelu" else pytest.raises(UserError, match="activation='relu'"):
+            write_folder(tmp_path / activation, model, lambda parameters: "")
+    assert [path.name for path in tmp_path.iterdir()] == ["gelu"]
+
+
+def test_it_says_whether_it_was_compared(checkpoint, tmp_path, capsys, monkeypatch):
+    export(checkpoint, tmp_path / "a")
+    assert re.search(
+        r"compared with transformers: the same logits on 64 tokens, within \S+e-\d\d", capsys.readouterr().out
+    )
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    export(checkpoint, tmp_path / "b")
+    assert "not compared with transformers, which is not installed" in capsys.readouterr().out
+
+
+def test_the_model_card_says_that_the_code_was_edited(checkpoint):
+    contents = {**load_checkpoint(checkpoint), "commit": "abc123+changes"}
+    card = export_hf.model_card(contents, checkpoint, 1e6)
+    assert "trained with train_gpt2.py at commit abc123, whose code was edited since." in card
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_refused(checkpoint, folder, tmp_path):
+    with pytest.raises(UserError, match=r"exported is exported already: copy it"):
+        export(folder, tmp_path / "out")
+    with pytest.raises(UserError, match=r"is a folder: give a checkpoint, as model_00440\.pt in it"):
+        export(checkpoint.parent, tmp_path / "out")
+
+
 def test_the_program_needs_no_transformers(checkpoint, tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
     env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     result = run("tools/export_hf.py", checkpoint, tmp_path / "out", env=env)
     assert result.returncode == 0 and "model.safetensors" in result.stdout, result.stdout
+    assert "not compared with transformers" in result.stdout
     result = run("tools/export_hf.py", checkpoint, tmp_path / "out", env=env)
     assert result.returncode == 2 and result.stdout.startswith("error: ") and "delete it" in result.stdout

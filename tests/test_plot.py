@@ -62,7 +62,52 @@ def test_two_runs_with_different_batches_lie_over_their_own_tokens(tiny, tmp_pat
 def test_a_folder_is_named_in_the_picture_whatever_its_name(tmp_path):
     write_log(tmp_path / r"_r $\foo$", "5 train 9.9\n0 val 10.8\n0 train 10.9\n1 train 9.9\n")
     plot.main([str(tmp_path / r"_r $\foo$"), "--tokens_per_step", "512", "--out", str(tmp_path / "out.svg")])
-    assert "<!-- \xa0_r $\\foo$, training -->".replace("\xa0", " ") in (tmp_path / "out.svg").read_text()
+    assert "<!-- \xa0_r $\\foo$, training: 9.9000 -->".replace("\xa0", " ") in (tmp_path / "out.svg").read_text()
+
+
+def texts_of(picture):
+    """The texts of a .svg, in their order: matplotlib draws them, and says them in comments."""
+    return re.findall(r"<!-- (.*?) -->", picture.read_text())
+
+
+def test_every_kind_of_record_has_a_panel_after_the_two_main_ones(tmp_path):
+    lines = [f"{step} lr {1e-3 * step:.4e}" for step in range(300)]
+    lines[9:9] = ["9 grad_noise 2.5", "9 norm 0.25"]
+    lines[:0] = ["0 grad_noise 1.5", "0 norm 9.0", "0 hella 0.25", "0 train 10.9", "0 val 10.8"]
+    log = write_log(tmp_path / "log", "\n".join([*lines, ""]))
+    flags = ["--tokens_per_step=512", "--size=other", "--dataset=other"]
+    plot.main([str(log), *flags, "--out", str(tmp_path / "out.svg")])
+    texts = texts_of(tmp_path / "out.svg")
+    titles = ["loss, nats per token", "HellaSwag, acc_norm", "learning rate", "gradient norm, before clipping"]
+    assert [text for text in texts if text in (*titles, "grad_noise")] == [*titles, "grad_noise"]
+    for label in ("log, validation: 10.8000", "log: 0.2500", "log: 0.299", "log: 0.25", "log: 2.5"):
+        assert label in texts
+
+
+@pytest.mark.parametrize("kind", ["val", "train"])
+def test_of_two_runs_that_agree_both_are_seen(tmp_path, kind):
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    text = "".join(f"{step} {kind} {9 - step / 50:.6f}\n" for step in range(0, 300, 1 if kind == "train" else 50))
+    logs = [str(write_log(tmp_path / name, text)) for name in "ab"]
+    plot.main([*logs, "--tokens_per_step=512", "--size=other", "--dataset=other", "--out", str(tmp_path / "out.png")])
+    picture = imread(tmp_path / "out.png")[150:, :, :3]  # below the legend
+    for color in ("C0", "C1"):
+        wanted = np.array(to_rgb(color)) - np.mean(to_rgb(color))  # the hue, whatever it is laid over
+        hue = picture - picture.mean(axis=2, keepdims=True)
+        alike = (hue @ wanted) / (np.linalg.norm(hue, axis=2) * np.linalg.norm(wanted) + 1e-9)
+        assert ((alike > 0.95) & (np.linalg.norm(hue, axis=2) > 0.3)).sum() > 200, color
+
+
+def test_the_published_runs_alone_can_be_read_at_step_500(tmp_path):
+    for name in ("out.svg", "out.png"):
+        plot.main(["--size", "124M", "--dataset", "fineweb-edu", "--out", str(tmp_path / name)])
+    texts = texts_of(tmp_path / "out.svg")
+    assert {"500", "5.51", "steps of 524,288 tokens", "GPT2-From-Scratch 124M: 3.2638"} <= {*texts}
+    assert (tmp_path / "out.png").stat().st_size < 100_000  # it is in the README
+    for size in ("350M", "774M", "1558M"):  # of some sizes there are no curves
+        plot.main(["--size", size, "--out", str(tmp_path / "out.svg")])
 
 
 def test_published_runs_stand_beside_runs_of_their_size_and_data(tmp_path, curves):
@@ -110,6 +155,7 @@ def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
         (str(tmp_path / "none"),): "Give the log.txt of a run, or its log_dir",
         (str(tmp_path),): "cannot read .*/log.txt",
         (str(log),): "give --tokens_per_step",
+        (str(log), "--tokens_per_step=0"): "tokens_per_step is 0: give",
         (str(log), "--tokens_per_step=8", "--out", str(tmp_path / "no" / "a.png")): "cannot write",
         (str(log), "--tokens_per_step=8", "--out", str(tmp_path / "a.doc")): "cannot write .*supported",
     }.items():

@@ -175,7 +175,7 @@ REFUSALS = {
     "Name another file": {"prompt": "FILE:nowhere"},
     "no UTF-8 text": {"prompt": "a\udcff"},
     "is no checkpoint, no exported folder": {"model": "nowhere"},
-    "is damaged, or no checkpoint": {"model": str(ROOT / "README.md")},
+    "is not written by this trainer": {"model": str(ROOT / "README.md")},
     "config.json": {"model": str(ROOT / "lib")},
 }
 

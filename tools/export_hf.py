@@ -4,7 +4,8 @@ A checkpoint as a folder in Hugging Face's layout, which transformers, llama.cpp
     python -m tools.export_hf log/model_19073.pt my_gpt2
 
 Takes pip install safetensors. The folder has OpenAI's 50257 tokens, without the rows that pad the vocabulary, and goes
-wherever a checkpoint does: --init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m tools.sample my_gpt2.
+wherever a checkpoint does: --init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m tools.sample my_gpt2. Where
+transformers is installed, it must compute the same from the folder as this code does, or there is no folder.
 """
 
 import argparse
@@ -12,16 +13,21 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
+
+import torch
 
 from lib.checkpoint import load_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import read_manifest
 from lib.files import expand, list_folder
-from lib.model.hugging_face import to_theirs, vocabulary
+from lib.model.hugging_face import CONFIG, to_theirs, vocabulary
 from lib.model.load import check_vocabulary, rebuild
 from lib.tokenizer import EOT
 from train_gpt2 import GPT, GPTConfig
+
+TOLERANCE = 1e-3  # of logits in float32; GPT-2's are around 100 in size
 
 CARD = """---
 language: en
@@ -32,8 +38,8 @@ tags: [gpt2]{datasets}
 
 # GPT-2, {parameters:.0f}M parameters
 
-A GPT-2 of {n_layer} layers, {n_head} heads and {n_embd} channels, with a context of {block_size} tokens, trained with
-train_gpt2.py{commit}.
+A GPT-2 of {n_layer} layers, {n_head} heads and {n_embd} channels, with a context of {block_size} tokens,
+{origin}.
 
 {facts}
 
@@ -89,26 +95,64 @@ def model_card(checkpoint, path, parameters):
     names = {"train": "last training loss, nats a token", "val": "validation loss, nats a token"}
     names["hella"] = "HellaSwag acc_norm, completion style"
     facts |= {names[kind]: last[kind] for kind in names if kind in last}
+    commit, _, edited = (checkpoint.get("commit") or "").partition("+")  # "+changes": they were not committed
+    origin = "trained with train_gpt2.py" + f" at commit {commit}" * bool(commit)
+    origin += ", whose code was edited since" * bool(edited)
+    return render_card(checkpoint["config"], parameters, origin, facts, datasets)
+
+
+def render_card(config, parameters, origin, facts, datasets=""):
     rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
-    commit = f" at commit {checkpoint['commit']}" if checkpoint.get("commit") else ""
-    about = {"parameters": parameters / 1e6, "commit": commit, "datasets": datasets}
-    return CARD.format(**checkpoint["config"], **about, facts=f"| | |\n|---|---|\n{rows}")
+    about = {"parameters": parameters / 1e6, "origin": origin, "datasets": datasets}
+    return CARD.format(**config, **about, facts=f"| | |\n|---|---|\n{rows}")
 
 
-def export(path, folder):
+@torch.no_grad()
+def compare(folder, model):
+    """Raise UserError where transformers computes something else from the folder than this code from the model."""
+    try:
+        from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
+    except (ImportError, RuntimeError):
+        settings = {field.name: (getattr(model.config, field.name), field.default) for field in fields(model.config)}
+        if odd := [f"{name}={v!r}" for name, (v, default) in settings.items() if name not in CONFIG and v != default]:
+            raise UserError(
+                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot say. Whether it computes the same "
+                "without is compared with transformers: pip install transformers"
+            ) from None
+        say("not compared with transformers, which is not installed: see that the model is GPT-2 as it was")
+        return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    finally:
+        logging.set_verbosity(verbosity)
+    T = model.config.block_size  # all positions: a model may have been changed at the far ones only
+    idx = torch.randint(EOT + 1, (1, T), generator=torch.Generator().manual_seed(0))
+    ours, theirs = model.eval()(idx)[0][..., : EOT + 1], theirs(idx).logits
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE:  # so that NaN is refused, too
+        raise UserError(
+            "transformers computes other logits from the export than this code from the model, by up to "
+            f"{difference:.3g}, where {TOLERANCE} is allowed. Hugging Face's layout cannot say how a model was "
+            "changed: share the checkpoint and its code"
+        )
+    say(f"compared with transformers: the same logits on {T:,} tokens, within {difference:.1e}")
+
+
+def write_folder(folder, model, card):
+    """Write the folder of a model, a GPT; card: a function of the number of parameters that returns its README.md.
+
+    It is there whole or not at all; one that is there stays the same one, for a shell in it or as a mount.
+    """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("the export takes pip install safetensors") from None
-    path, folder = Path(expand(path)), Path(os.path.realpath(expand(folder)))
-    if os.path.exists(folder) and (not folder.is_dir() or list_folder(folder)):
-        raise UserError(f"{folder} exists already and is not empty: name a new folder, or delete it")
-    checkpoint = load_checkpoint(path, mmap=True)
-    model = rebuild(checkpoint, GPT, GPTConfig)
-    check_vocabulary(path, model.config)
-    config, weights = to_theirs(checkpoint["config"], model.state_dict())
-    # the folder is there whole or not at all; one that is there stays the same one, for a shell in it or as a mount
+    config, weights = to_theirs(asdict(model.config), model.state_dict())
     inside = os.path.exists(folder)
     unfinished = (folder if inside else folder.parent) / f"{folder.name}.{os.getpid()}.tmp"
     try:
@@ -118,8 +162,9 @@ def export(path, folder):
         write_tokenizer(unfinished, config["n_positions"])
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # it makes it private
-        card = model_card(checkpoint, path, sum(weight.numel() for weight in weights.values()))
-        (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        text = card(sum(weight.numel() for weight in weights.values()))
+        (unfinished / "README.md").write_text(text, encoding="utf-8", newline="\n")
+        compare(unfinished, model)
         if inside:
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: it is whole
                 os.replace(file, folder / file.name)
@@ -130,6 +175,28 @@ def export(path, folder):
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def new_folder(name):
+    """The path of a folder to make, or UserError where it is there and not empty."""
+    folder = Path(os.path.realpath(expand(name)))
+    if os.path.exists(folder) and (not folder.is_dir() or list_folder(folder)):
+        raise UserError(f"{folder} exists already and is not empty: name a new folder, or delete it")
+    return folder
+
+
+def export(path, folder):
+    path, folder = Path(expand(path)), new_folder(folder)
+    if os.path.isdir(path):
+        is_export = os.path.exists(path / "config.json")
+        what = (
+            "is exported already: copy it" if is_export else "is a folder: give a checkpoint, as model_00440.pt in it"
+        )
+        raise UserError(f"{path} {what}")
+    checkpoint = load_checkpoint(path, mmap=True)
+    model = rebuild(checkpoint, GPT, GPTConfig)
+    check_vocabulary(path, model.config)
+    write_folder(folder, model, lambda parameters: model_card(checkpoint, path, parameters))
 
 
 def main():

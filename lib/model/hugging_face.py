@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from lib.console import UserError, say
 from lib.tokenizer import EOT, get_tokenizer
 
@@ -18,6 +20,17 @@ FIXED = {  # what our code computes; these are also the defaults of a config.jso
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # their default of 0.1 is on in training
 
 
+def weight_shapes(block_size, vocab_size, n_layer, n_embd):
+    """{name: shape} of the weights of a GPT-2, by our names and in llm.c's order: kind by kind, each of all blocks."""
+    C, shapes = n_embd, {"transformer.wte.weight": (vocab_size, n_embd), "transformer.wpe.weight": (block_size, n_embd)}
+    kinds = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
+    kinds |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    for kind, shape in kinds.items():
+        for part, size in (("weight", shape), ("bias", shape[:1])):
+            shapes |= {f"transformer.h.{i}.{kind}.{part}": size for i in range(n_layer)}
+    return {**shapes, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+
+
 def transposed(name, weight):
     """OpenAI's linear layers were 1x1 convolutions, with weights (in, out) where nn.Linear has (out, in)."""
     return weight.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
@@ -25,7 +38,13 @@ def transposed(name, weight):
 
 def to_theirs(config, weights):
     """Our config and weights (dicts) as theirs, without the rows that pad the vocabulary. The head is not among the
-    weights: it is the embedding."""
+    weights: it is the embedding. Raises UserError where the weights are not those of a GPT-2."""
+    shapes = weight_shapes(*(config[name] for name in ("block_size", "vocab_size", "n_layer", "n_embd")))
+    if strange := sorted(weights.keys() - {"lm_head.weight"} ^ shapes.keys()):
+        raise UserError(f"the model is not GPT-2 any more: it has, or lacks, {', '.join(strange[:3])}")
+    wte = weights["transformer.wte.weight"]
+    if not torch.equal(weights.get("lm_head.weight", wte), wte):
+        raise UserError("the model is not GPT-2 any more: its head, lm_head.weight, is not its embedding")
     theirs = {their: config[our] for our, their in CONFIG.items()}
     theirs |= {"vocab_size": EOT + 1, "bos_token_id": EOT, "eos_token_id": EOT, **FIXED, **DROPOUT}
     theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
@@ -35,9 +54,14 @@ def to_theirs(config, weights):
     return theirs, {name: weight.contiguous() for name, weight in weights.items()}
 
 
+def differences(config):
+    """What makes their config (a dict) that of a model which our code does not compute, as a list of texts."""
+    return [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
+
+
 def to_ours(config, weights):
     """Their config and weights (dicts) as lib.restore.rebuild takes them. Raises UserError for another model."""
-    other = [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
+    other = differences(config)
     if missing := [name for name in CONFIG.values() if name not in config]:
         other += [f"no {', '.join(missing)}"]
     if other:
@@ -47,7 +71,7 @@ def to_ours(config, weights):
         name = name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer.")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in files of former versions
             ours[name] = transposed(name, weight).float()
-    ours["lm_head.weight"] = ours.get("transformer.wte.weight")
+    ours.setdefault("lm_head.weight", ours.get("transformer.wte.weight"))  # rebuild refuses one that differs
     return {"config": {our: config[their] for our, their in CONFIG.items()}, "model": ours}
 
 

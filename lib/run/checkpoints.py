@@ -5,6 +5,7 @@ The checkpoints in the folder of a run.
 import errno
 import os
 import re
+import shlex
 
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError, say
@@ -74,7 +75,11 @@ def newest_whole_checkpoint(log_dir):
         except UserError as error:
             say(f"warning: {error}; falling back to the checkpoint before it")
     if paths:
-        raise UserError(f"none of the {len(paths)} checkpoints in {log_dir}/ is whole: restore one from a backup")
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {log_dir}/ is whole and of this trainer: restore one from a "
+            "backup. Of another program's run, import the model: python -m tools.import_model "
+            f"{shlex.quote(str(paths[0]))} FOLDER, then --init_from FOLDER with another --log_dir"
+        )
     return None
 
 

@@ -1,0 +1,197 @@
+"""A model from another program computes here what it computed there, or is refused in words; no code of its runs."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from support import PROBES, ROOT, losses, run, write_shards
+
+from lib.checkpoint import load_checkpoint, write_checkpoint
+from lib.console import UserError
+from tools.import_model import import_model
+from train_gpt2 import TrainConfig, load_model, main
+
+spec = importlib.util.spec_from_file_location("foreign_files", PROBES / "foreign_files.py")
+foreign_files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(foreign_files)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The files of other programs, by one that has classes of the same names."""
+    folder = tmp_path_factory.mktemp("files")
+    result = run("tests/probes/foreign_files.py", folder, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert result.returncode == 0, result.stdout
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def without_transformers(monkeypatch):
+    """The comparison with it has its tests among those of the export."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+@torch.no_grad()
+def logits_of(model):
+    idx = torch.randint(50257, (2, 16), generator=torch.Generator().manual_seed(1))
+    return model(idx)[0][:, :, :50257]
+
+
+NO_HEADS = ["bare.pt", "legacy.pt", "half.pt", "hugging_face.pt", "hugging_face.safetensors", "headless.safetensors"]
+WITH_HEADS = ["tutorial.pt", "nanogpt.pt", "nanogpt_no_bias.pt", "ddp.pt", *(f"llm_c_{v}.bin" for v in (1, 3, 5))]
+
+
+@pytest.mark.parametrize("name", NO_HEADS + WITH_HEADS)
+def test_an_imported_model_computes_the_same(name, files, tmp_path):
+    import_model(files / name, tmp_path / "out", 4 if name in NO_HEADS else None)
+    back = load_model(str(tmp_path / "out"))
+    assert (back.config.n_head, back.config.block_size, back.config.vocab_size) == (4, 16, 50257)
+    difference = (logits_of(back) - logits_of(foreign_files.model(bias="no_bias" not in name))).abs().max()
+    assert difference < {"half.pt": 0.02, "llm_c_5.bin": 0.2}.get(name, 1e-5)
+
+
+@pytest.mark.parametrize("name", NO_HEADS)
+def test_the_number_of_heads_is_never_guessed(name, files, tmp_path):
+    with pytest.raises(UserError, match=f"{name}: it does not say how many attention heads .* give --n_head"):
+        import_model(files / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED = {
+    "whole.pt": "loading it would run code: __main__.GPT. To import it, in the program that made it, save plain data",
+    "untied.pt": "lm_head.weight and transformer.wte.weight differ, which this code ties",
+    "relu.pt": "fields that this code does not know.* activation='relu'",
+    "relu_dict.pt": "fields that this code does not know.* activation='relu'",
+    "relu_flag.pt": "fields that this code does not know.* use_relu=True",
+    "relu_flag_dict.pt": "fields that this code does not know.* use_relu=True",
+    "contradiction.pt": "its config has n_layer 3, its weights have 2",
+    "odd_heads.pt": "n_head is 3: it must divide n_embd, which is 16",
+    "rotary.pt": "no matrix transformer.wpe.weight",
+    "extra.pt": r"transformer.h.0.ln_3.weight",
+    "lost_bias.pt": r"transformer.h.1.ln_1.bias",
+    "letters.pt": "knows 65 ids",
+    "other.pt": "holds no weights of a GPT-2",
+    "list.pt": "holds a list, not a dict with weights",
+    "cut.pt": "cut off, damaged, or of another kind",
+    "cut.safetensors": "cut off, damaged, or of another kind",
+    "text.pt": "cut off, damaged, or of another kind",
+    "empty.pt": "cut off, damaged, or of another kind",
+    "cut.bin": r"has 3,247,868 bytes, not the 3,247,872 of the model in its header",
+    "version.bin": "not of the versions 1, 3 or 5, which this reads",
+    "state.bin": "with the optimizer's state, not with a model",
+    "shard.bin": "with tokens, not with a model",
+    "nowhere.pt": "No such file",
+    "": "is a folder: give a file in it",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_may_be_no_gpt2_is_refused(name, files, tmp_path):
+    with pytest.raises(UserError, match=REFUSED[name]) as caught:
+        import_model(files / name, tmp_path / "out")
+    assert str(files / name) in str(caught.value) and "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch advises to switch its protection off
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_file_has_a_test(files):
+    assert {*NO_HEADS, *WITH_HEADS, *REFUSED} - {"nowhere.pt", ""} == {path.name for path in files.iterdir()}
+
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    class GPTConfig:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": foreign_files.model().state_dict(), "config": GPTConfig()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match=r"would run code: posix\.mkdir"):
+        import_model(tmp_path / "bomb.pt", tmp_path / "out", 4)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_config_beside_a_download_says_its_heads_or_that_it_is_another_model(files, tmp_path):
+    shutil.copy(files / "headless.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(files / "hugging_face.pt", tmp_path / "pytorch_model.bin")
+    config = {"model_type": "gpt2", "n_head": 4, "n_layer": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 50304}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        import_model(tmp_path / name, tmp_path / f"from {name}")
+        assert load_model(str(tmp_path / f"from {name}")).config.n_head == 4
+        with pytest.raises(UserError, match="its config has n_head 4, not 2: leave out --n_head"):
+            import_model(tmp_path / name, tmp_path / "out", 2)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    with pytest.raises(UserError, match="activation_function relu, not gelu_new"):
+        import_model(tmp_path / "model.safetensors", tmp_path / "out")
+
+
+def test_the_program_says_what_differs_and_the_folder_goes_where_a_checkpoint_does(files, tmp_path):
+    folder = tmp_path / "out"
+    result = run("tools/import_model.py", files / "nanogpt_no_bias.pt", folder, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stdout
+    for part in ("not imported: optimizer, config", "exact GELU", "13 biases that the model does not have are zeros",
+                 "47 rows of its embedding", "compared with transformers: the same logits on 16 tokens"):  # fmt: skip
+        assert part in result.stdout, result.stdout
+    card = (folder / "README.md").read_text()
+    for part in (
+        "imported from a file of another program",
+        "| file | nanogpt_no_bias.pt |",
+        "| best_val_loss | 3.25 |",
+    ):
+        assert part in card
+    write_shards(tmp_path / "data", [1500, 5000])
+    shape = dict(sequence_length=16, total_batch_size=64, micro_batch_size=4, max_steps=1, val_tokens=500, device="cpu")
+    off = dict(hellaswag_every=0, sample_every=0, checkpoint_every=0, data_dir=str(tmp_path / "data"))
+    main(TrainConfig(init_from=str(folder), log_dir=str(tmp_path / "log"), **shape, **off))
+    assert losses(tmp_path / "log", "val")[0] > 0
+
+
+def test_a_run_of_another_program_is_sent_to_the_import(files, tiny, tmp_path):
+    path = tmp_path / "their log" / "model_00250.pt"
+    path.parent.mkdir()
+    (path.parent / "log.txt").write_text("0 val 10.9\n250 val 3.25\n")
+    shutil.copy(files / "tutorial.pt", path)
+    resume = tiny(init_from="resume", log_dir=str(path.parent))
+    for config in (resume, tiny(init_from=str(path), log_dir=str(tmp_path / "new"))):
+        with pytest.raises(UserError, match=f"python -m tools.import_model '{path}' FOLDER"):
+            main(config)
+    assert sorted(file.name for file in path.parent.iterdir() if file.name != "lock") == ["log.txt", "model_00250.pt"]
+
+
+def test_only_a_wrong_digest_is_called_damage(files, tmp_path):
+    contents = {"model": {}, "optimizer": {}, "config": {}, "train_config": {}, "step": 1}
+    write_checkpoint(tmp_path / "ours.pt", contents)
+    whole = (tmp_path / "ours.pt").read_bytes()
+    foreign = "is not written by this trainer, or cut off: import it with python -m tools.import_model"
+    for content, message in (
+        ((files / "tutorial.pt").read_bytes(), foreign),
+        (whole[:-1], foreign),
+        (whole[: len(whole) // 2], foreign),
+        (b"", foreign),
+        (whole[:9] + bytes([whole[9] ^ 1]) + whole[10:], "is damaged: its sha256 does not match"),
+        (whole[:-1] + (b"0" if whole[-1:] != b"0" else b"1"), "is damaged: its sha256 does not match"),
+    ):
+        (tmp_path / "other.pt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(tmp_path / "other.pt")
+
+
+def test_the_tutorials_code_can_load_our_weights(tiny, tmp_path):
+    """torch.load(path, weights_only=True)["model"] has the names and shapes of its GPT, but for its masks."""
+    main(tiny(max_steps=1, checkpoint_every=1))
+    weights = torch.load(tmp_path / "log" / "model_00001.pt", weights_only=True)["model"]
+    C, V, T = 32, 512, 32
+    expected = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C), "lm_head.weight": (V, C)}
+    for i in range(2):
+        for name, shape in {
+            "ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (4 * C, C),
+            "mlp.c_proj": (C, 4 * C),
+        }.items():  # fmt: skip
+            expected[f"transformer.h.{i}.{name}.weight"] = shape
+            expected[f"transformer.h.{i}.{name}.bias"] = shape[:1]
+    expected |= {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == expected
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
