@@ -101,11 +101,11 @@ PRESETS = {
     "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps are two epochs of 10 billion tokens
         n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
     ),
-    "demo": dict(  # 3M, nearly all of it vocabulary, on the documentation of Python and NumPy
-        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=64, max_lr=6e-3,
-        sequence_length=128, total_batch_size=1024, micro_batch_size=8, max_steps=440, warmup_steps=20, log_every=20,
-        val_every=110, val_tokens=16384, hellaswag_every=0, sample_every=440, sample_prompt="Return the",
-        sample_temperature=0.8, plot_every=220, checkpoint_every=220),
+    "demo": dict(  # 2.5M, nearly all of it vocabulary, on the documentation of Python and NumPy
+        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=48, max_lr=7e-3,
+        min_lr_ratio=0.3, sequence_length=128, total_batch_size=1024, micro_batch_size=8, max_steps=528,
+        warmup_steps=60, log_every=20, val_every=132, val_tokens=16384, hellaswag_every=0, sample_every=528,
+        sample_prompt="Return the", sample_temperature=0.8, plot_every=264, checkpoint_every=264),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from support import PROBES, losses, run, run_warm
 
 from lib.console import UserError
 from lib.model.cpu_loss import ChunkedCrossEntropy
-from train_gpt2 import GPT, GPTConfig, TrainConfig, generate, get_lr
+from train_gpt2 import GPT, GPTConfig, TrainConfig, generate, get_lr, load_model
 
 SMALL = GPTConfig(block_size=64, vocab_size=1000, n_layer=3, n_head=4, n_embd=64)
 
@@ -204,11 +204,13 @@ def stand_in_for_gpt2(folder):
 
 
 def test_from_pretrained_through_the_hub_cache(tmp_path):
+    """Whatever lies in the current folder under the model's name."""
     theirs, env = stand_in_for_gpt2(tmp_path)
     idx = torch.randint(50257, (2, 30))
     torch.save(idx, tmp_path / "idx.pt")
-    result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env)
-    assert result.returncode == 0, result.stdout
+    (tmp_path / "gpt2").mkdir()
+    result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env, cwd=tmp_path)
+    assert result.returncode == 0 and "the one in this folder is written ./gpt2" in result.stdout, result.stdout
     assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
 
 
@@ -232,6 +234,16 @@ def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):
     assert val[0] == pytest.approx(begin, abs=0.05) and val[10] < val[0] - 1  # from their weights, and better
     resumed = run_warm("train_gpt2.py", *flags, "--init_from=resume", "--max_steps=12", env=env)
     assert resumed.returncode == 0 and "resuming at step 10" in resumed.stdout, resumed.stdout
+
+
+def test_without_openais_weights_a_folder_of_that_name_is_not_taken_for_them(tmp_path, monkeypatch):
+    (tmp_path / "gpt2").mkdir()
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = run("tools/sample.py", "gpt2", "--prompt=x", env=env, cwd=tmp_path)
+    assert result.returncode == 2 and "For a folder of that name, write ./gpt2" in result.stdout, result.stdout
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"cannot load \./gpt2/ as a GPT-2 of config.json"):
+        load_model("./gpt2")
 
 
 def test_unknown_pretrained_name_is_refused():

@@ -1,17 +1,33 @@
 import json
 import re
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import PROBES, ROOT, TINY, flags_of, load, losses, make_items, read_log, run, write_shards
+from support import (
+    PROBES,
+    ROOT,
+    TINY,
+    command_of,
+    environment,
+    flags_of,
+    load,
+    losses,
+    make_items,
+    read_log,
+    run,
+    write_shards,
+)
 
 import train_gpt2
 from lib.console import UserError
 from train_gpt2 import TrainConfig, main, parse_args
+
+HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def test_a_run_leaves_its_log_and_checkpoints(tiny, tmp_path, capsys):
@@ -224,10 +240,7 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"step +0 \| sample", out)) == 3 == len(re.findall(r"step +3 \| sample", out))
 
 
-@pytest.mark.skipif(
-    not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists(),
-    reason="torch.compile needs a C++ compiler and Python's headers on CPU",
-)
+@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers on CPU")
 @pytest.mark.timeout(600)
 def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     write_shards(tmp_path / "data", [1500, 5000])
@@ -246,6 +259,21 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     for kind, tolerance in (("train", 1e-4), ("val", 2e-4), ("hella", 0)):
         plain, compiled = (losses(tmp_path / name, kind) for name in ("plain", "compiled"))
         assert compiled == pytest.approx(plain, abs=tolerance)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers on CPU")
+@pytest.mark.timeout(600)
+def test_a_user_id_without_an_account_trains_compiled(tiny, tmp_path):
+    """As in a container that was started with --user 54321."""
+    stranger = ["unshare", "--user", "--map-user=54321"]
+    if not shutil.which("unshare") or subprocess.run([*stranger, "true"], capture_output=True).returncode:
+        pytest.skip("it takes user namespaces")
+    command = command_of("train_gpt2.py", *flags_of(tiny(n_layer=1, max_steps=2, val_every=0)), "--compile")
+    env = {name: value for name, value in environment().items() if name not in ("HOME", "USER", "LOGNAME", "LNAME")}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run([*stranger, *command], env={**env, "TMPDIR": str(tmp_path)}, **output)
+    assert result.returncode == 0 and "compile on" in result.stdout, result.stdout
+    assert list(losses(tmp_path / "log", "train")) == [0, 1]
 
 
 def test_importing_touches_nothing(tmp_path):

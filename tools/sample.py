@@ -1,7 +1,7 @@
 """
 Text from a model, printed as it is written.
 
-    python -m tools.sample demo_log/model_00440.pt --prompt "Return the"
+    python -m tools.sample demo_log/model_00528.pt --prompt "Return the"
     python -m tools.sample gpt2 --prompt FILE:story.txt --num_samples 3 --top_p 0.9
     python -m tools.sample log/model_19073.pt            # asks for one prompt after the other; Ctrl-D ends it
 

@@ -1,0 +1,109 @@
+"""Settings as people give them: what is accepted, what is refused with a way out, and what is warned of."""
+
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+from support import flags_of, losses, read_log, run, run_warm, write_shards
+
+from lib import config as knobs
+from lib.console import UserError
+from lib.model.load import OPENAI_MODELS
+from train_gpt2 import TrainConfig, main, parse_args
+
+
+@pytest.mark.parametrize("name", ["compile", "activation_checkpointing", "plan"])
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        ("--{}", True), ("--{}=true", True), ("--{}=True", True), ("--{} 1", True), ("--{}=yes", True),
+        ("--no-{}", False), ("--{}=False", False), ("--{} false", False), ("--{}=0", False), ("--{}=off", False),
+    ],
+)  # fmt: skip
+def test_a_switch_takes_true_and_false(name, flags, value):
+    config = parse_args([*flags.format(name).split(), "--max_steps=3"])
+    assert getattr(config, name) is value and config.max_steps == 3
+
+
+def test_a_switch_that_is_neither_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--compile=maybe"])
+    assert "'maybe' is neither true nor false: give the flag alone, or begin it with --no-" in capsys.readouterr().err
+    assert parse_args(["--compile=None"]).compile is None
+
+
+@pytest.mark.parametrize("ranks", [3, 5, 6, 7])
+@pytest.mark.parametrize("settings", [{}, dict(micro_batch_size=5), dict(total_batch_size=500, sequence_length=32)])
+def test_a_batch_that_the_ranks_cannot_share_names_those_near_that_they_can(ranks, settings):
+    config = TrainConfig(**settings)
+    with pytest.raises(UserError, match="sizes fit: none; (.*) would do") as error:
+        knobs.check(config, ranks, OPENAI_MODELS)
+    for flags in re.search("none; (.*) would do", str(error.value))[1].rstrip(",").split(", or "):
+        near = replace(config, **{name: int(n) for name, n in re.findall(r"--(\w+) (\d+)", flags)})
+        knobs.check(near, ranks, OPENAI_MODELS)
+        assert 0.6 < near.total_batch_size / config.total_batch_size < 1.6
+    first = int(re.search(r"--total_batch_size (\d+)", str(error.value))[1])
+    assert abs(first - config.total_batch_size) / config.total_batch_size < 0.2
+
+
+@pytest.mark.parametrize("kilobytes", [1, 24])
+def test_from_a_little_text_to_a_run(kilobytes, tiny, tmp_path):
+    """The message of the run that is refused has the flags of one that is not."""
+    (tmp_path / "text.txt").write_text("Roses are red, violets are blue. " * (kilobytes * 30))
+    built = run_warm("fineweb.py", "--source", tmp_path / "text.txt", "--out", tmp_path / "text", "--workers=1")
+    assert built.returncode == 0, built.stdout
+    config = tiny(data_dir=str(tmp_path / "text"), vocab_size=50304, n_layer=1, n_embd=8, max_steps=2)
+    config = replace(config, sequence_length=1024, total_batch_size=524288, micro_batch_size=64)
+    with pytest.raises(UserError, match="too few for one step") as error:
+        main(config)
+    flags = re.search("give (.*) and fewer --max_steps", str(error.value))[1]
+    main(replace(config, **{name: int(n) for name, n in re.findall(r"--(\w+) (\d+)", flags)}))
+    assert list(losses(tmp_path / "log", "train")) == [0, 1] and list(losses(tmp_path / "log", "val")) == [0, 2]
+
+
+def test_without_validation_a_run_needs_no_validation_shard(tiny, tmp_path):
+    write_shards(tmp_path / "tokens", [20, 5000])
+    for log_dir in ("short", "none"):  # of less than a sequence, and not there
+        main(tiny(data_dir=str(tmp_path / "tokens"), log_dir=str(tmp_path / log_dir), val_every=0, max_steps=2))
+        assert list(losses(tmp_path / log_dir, "train")) == [0, 1]
+        (tmp_path / "tokens" / "tiny_val_000000.npy").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no .*_val_.* shards"):
+        main(tiny(data_dir=str(tmp_path / "tokens"), log_dir=str(tmp_path / "other")))
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of(tiny, capsys, tmp_path):
+    main(tiny(max_steps=3, warmup_steps=30, max_lr=1e-3))
+    out = capsys.readouterr().out
+    assert "warning: the warm-up of 30 steps is longer than the run of 3, whose learning rate ends at 1.0e-04" in out
+    main(tiny(max_steps=3, warmup_steps=3, log_dir=str(tmp_path / "other")))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_last_line_is_a_command_for_the_shell(tiny, tmp_path):
+    config = tiny(log_dir=str(tmp_path / "it's my run"), vocab_size=50257, n_layer=1, max_steps=1)
+    result = run("train_gpt2.py", *flags_of(config, sample_prompt='Say "$HOME", it\'s'))
+    assert result.returncode == 0, result.stdout
+    words = shlex.split(re.search("^next: (.*)$", result.stdout, re.M)[1])
+    model = str(tmp_path / "it's my run" / "model_00001.pt")
+    assert words == ["python", "-m", "tools.sample", model, '--prompt=Say "$HOME", it\'s']
+
+
+@pytest.mark.parametrize("size", ["", "1"])
+def test_a_world_size_without_torchrun_is_one_rank(size, tiny, tmp_path):
+    result = run_warm("train_gpt2.py", *flags_of(tiny(max_steps=1)), env={"WORLD_SIZE": size})
+    assert result.returncode == 0 and list(losses(tmp_path / "log", "train")) == [0], result.stdout
+
+
+def test_three_ranks_validate_as_one_does(tiny, tmp_path):
+    one, three = (tiny(log_dir=str(tmp_path / n), total_batch_size=1536, val_tokens=1088, max_steps=5) for n in "13")
+    main(one)
+    result = run("train_gpt2.py", *flags_of(three), ranks=3)
+    assert result.returncode == 0, result.stdout
+    assert losses(tmp_path / "3", "val") == pytest.approx(losses(tmp_path / "1", "val"), abs=1.01e-4)
+
+
+def test_no_steps_are_a_validation(tiny, tmp_path):
+    metrics = main(tiny(max_steps=0))
+    assert re.fullmatch(r"0 val \d\.\d{4}\n", read_log(tmp_path / "log")) and metrics["val_loss"] > 5
+    assert not list((tmp_path / "log").glob("*.pt"))
