@@ -95,5 +95,7 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
             rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast, micro_steps, more)
         finally:
             optimizer.zero_grad(set_to_none=not is_ddp)
+            if device.type == "cuda":  # the compiler timed kernels that overwrite the logits, with a copy on the host
+                torch._C._host_emptyCache()
 
     return fit_in_memory(attempt, min(B, sequences), sequences, activation_checkpointing, device)
