@@ -13,11 +13,10 @@ A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.1
 """
 
 import contextlib
-import functools
 import math
 import os
-import shlex
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,13 +29,14 @@ import hellaswag
 from lib import config as configs
 from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
-from lib.data.manifest import build_missing
-from lib.data.stream import ShardFolder, TokenStream, shuffle
+from lib.data.stream import TokenStream, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
 from lib.model import load, plan, published
 from lib.model.cpu_loss import chunked_cross_entropy
 from lib.model.memory import fit_micro_batch
+from lib.optimizers import keep_ratios
 from lib.run.folder import RunFolder
+from lib.run.log import time_text
 from lib.run.run import Run
 from lib.run.signals import handlers_restored
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
@@ -345,7 +345,9 @@ def get_lr(step, config):
 
 @torch.no_grad()
 def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None):
-    """The mean loss in nats per token over the loader's first num_sequences, for any B and number of ranks."""
+    """The mean loss in nats per token over the loader's first num_sequences, at least one and at most all that it has;
+    the same for any B and number of ranks."""
+    num_sequences = max(1, min(num_sequences, loader.num_sequences))
     model.eval()
     loader.reset()
     total = torch.zeros(2, device=device)  # the losses, and of how many sequences
@@ -445,6 +447,13 @@ def process_group(device, timeout):
             dist.destroy_process_group()
 
 
+def data_parallel(model):
+    """A DistributedDataParallel around the model: the gradients of all ranks are averaged while the backward runs, in
+    some 20 buckets, for each of which torch.compile makes a graph."""
+    megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
+
+
 def mean_over_ranks(tensor):
     """The mean of a tensor over all ranks, in place; gloo cannot average, so sum and divide."""
     if dist.is_initialized():
@@ -499,17 +508,21 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 # The run
 
 
-def train(config, ranks, folder):
-    """Train by config, a TrainConfig, on the ranks of process_group, in a RunFolder. Returns the last metrics."""
-    rank, local_rank, world_size, device = ranks
+def step_line(step, max_steps, loss, lr, norm, finite, seconds, speed, mfu):
+    """What the console says of a step. speed: tokens/s; mfu: 0 where the peak of the device is not known."""
+    return (
+        f"step {step:5d}/{max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {1000 * seconds:.2f} ms | "
+        f"{speed:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{time_text(seconds * (max_steps - step - 1))} left"
+        + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
+    )
+
+
+def train(config, rank, local_rank, world_size, device, folder):
+    """Train by config, a TrainConfig, on this rank of process_group, in a RunFolder. Returns the last metrics."""
     # data: shards that fineweb.py made, of which the val split is never trained on
     T = config.sequence_length
     sequences = config.total_batch_size // T  # of a step, over all ranks
-    if local_rank == 0 and config.data_source:
-        build_missing(config.data_source, config.data_dir)
-    wait_for_all()
-    data = ShardFolder(config.data_dir, optional=() if config.val_every else ("val",))
-    data.check(T, sequences, validate=config.val_every > 0)
+    data = open_shards(config.data_dir, config.data_source, T, sequences, config.val_every > 0, local_rank)
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
     checkpoint = folder.open(mmap=device.type == "cuda")  # the newest, where this run resumes; else None
     config = replace(config, init_from=folder.begun_from(config.init_from, checkpoint))
@@ -519,17 +532,14 @@ def train(config, ranks, folder):
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     model = load.initial_model(config.init_from, GPTConfig.of(config), checkpoint, GPT).to(device)
-    compiled = ddp = devices.compile_model(model, config.compile, device)
-    if world_size > 1:  # some 20 buckets, averaged while the backward runs; torch.compile makes a graph for each
-        megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
-        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
+    compiled = devices.compile_model(model, config.compile, device)
+    ddp = data_parallel(compiled) if world_size > 1 else compiled
 
     # optimizer, and the precision of the matrix products
     optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
-    for group in optimizer.param_groups:
-        group["lr_scale"] = group["lr"] / config.max_lr if config.max_lr else 1.0
+    keep_ratios(optimizer, config.max_lr)
     dtype = choose_dtype(config.dtype, device)
-    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
     gpu, peak_tflops = devices.name_and_peak(device)
     print0(plan.headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
@@ -538,29 +548,26 @@ def train(config, ranks, folder):
     # val_loss, the random state and the commit (lib/checkpoint.py: torch.save, complete or not there)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
-    run = Run(
-        folder, device, state, facts, checkpoint, config.max_steps, config.max_nonfinite, config.collective_timeout
-    )
+    run = Run(folder, state, facts, checkpoint, config.max_steps, config.max_nonfinite, config.collective_timeout)
     del checkpoint  # its memory
 
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
-    share = sequences // world_size  # sequences of each rank
     limit, recompute = config.micro_batch_size, config.activation_checkpointing
-    also = functools.partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
-    B, note = fit_micro_batch(model, ddp, optimizer, limit, share, T, recompute, autocast, device, also)
-    grad_accum_steps = share // B
+    also = partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
+    B, note = fit_micro_batch(
+        model, ddp, optimizer, limit, sequences // world_size, T, recompute, autocast, device, also
+    )
+    grad_accum_steps = sequences // (B * world_size)
     print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
-    train_loader = DataLoaderLite(B, T, rank, world_size, "train", data, model.config.vocab_size, config.seed)
+    loader = partial(DataLoaderLite, B, T, rank, world_size, data_root=data, vocab_size=model.config.vocab_size)
+    train_loader, val_loader = loader("train", seed=config.seed), loader("val") if config.val_every else None
     train_loader.seek(run.step * sequences)
-    if config.val_every:
-        val_loader = DataLoaderLite(B, T, rank, world_size, "val", data, model.config.vocab_size)
-        val_sequences = max(1, min(config.val_tokens // T, val_loader.num_sequences))
 
     for step in run.steps():
         # once in a while, which is every so many steps and at the last: the loss on tokens that are never trained on
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():
-                val_loss = evaluate_loss(compiled, val_loader, val_sequences, device, run.check_stop)
+                val_loss = evaluate_loss(compiled, val_loader, config.val_tokens // T, device, run.check_stop)
             run.record(val=val_loss)
             comparison = published.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
             run.say(f"val loss {val_loss:.4f}{comparison}")
@@ -576,23 +583,20 @@ def train(config, ranks, folder):
         if rank == 0 and run.due(config.sample_every):
             with run.clock.timing("samples"), autocast():
                 texts = sample(model, config.sample_prompt, device, config.seed, config.sample_temperature)
-            for text in texts:
-                run.say(f"sample {text!r}")
+            run.say(*[f"sample {text!r}" for text in texts])
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
-            flags = published.flags(config.total_batch_size, model.config, data.facts)
-            folder.draw(flags, last=step == config.max_steps)
+            folder.draw(published.flags(config.total_batch_size, model.config, data.facts), step == config.max_steps)
 
         # once in a while: save all that it takes to go on from here
         if step > 0 and run.due(config.checkpoint_every):
             run.save()
 
-        # the last weights are evaluated and saved, and not trained further
         if step == config.max_steps:
-            break
+            break  # the last weights are evaluated and saved, and not trained further
 
-        # always: one step, its line on the console, and its records in log.txt
+        # always: one step, its records in log.txt and with the tracker, and its line on the console
         lr = get_lr(step, config)
         with run.clock.timing("training"):
             loss, norm, finite = train_step(
@@ -600,18 +604,11 @@ def train(config, ranks, folder):
             )
         speed = config.total_batch_size / run.clock.last  # tokens/s
         mfu = speed * model.flops_per_token(T) / (world_size * (peak_tflops or math.inf) * 1e12)
-        run.record(train=loss, lr=lr, norm=norm)
-        run.track(tokens_per_second=speed, mfu=mfu)
+        run.record(train=loss, lr=lr, norm=norm, tokens_per_second=speed, mfu=mfu)
         if run.due(config.log_every) or not finite:
-            print0(
-                f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
-                f"{1000 * run.clock.last:.2f} ms | {speed:,.0f} tok/s | " + (f"MFU {mfu:.1%} | " if mfu else "")
-                + f"{run.time_left()} left" + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
-            )  # fmt: skip
+            print0(step_line(step, config.max_steps, loss, lr, norm, finite, run.clock.last, speed, mfu))
         run.count_finite(finite)
-    score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
-    score = "; python hellaswag.py -m CHECKPOINT" if hella else ""
-    return run.finish(f"python -m tools.sample CHECKPOINT --prompt={shlex.quote(config.sample_prompt)}{score}")
+    return run.finish(config.sample_prompt, hella)
 
 
 def main(config):
@@ -626,7 +623,7 @@ def main(config):
         return {}
     folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
     with handlers_restored(), process_group(config.device, config.collective_timeout) as ranks, folder:
-        return train(config, ranks, folder)
+        return train(config, *ranks, folder)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,11 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def group_device():
+    """Where tensors must be for the ranks to sum them: NCCL takes those of GPUs only."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
 def is_main_rank():
     return not dist.is_initialized() or dist.get_rank() == 0
 

@@ -33,6 +33,12 @@ class Optimizers:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
 
+def keep_ratios(optimizer, max_lr):
+    """Note in each parameter group the ratio of its rate to max_lr, which the schedule then keeps."""
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / max_lr if max_lr else 1.0
+
+
 def settings_of(optimizer):
     """The settings of each parameter group as plain data, such as betas and weight_decay, but the learning rate, which
     every step sets."""

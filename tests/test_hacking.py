@@ -13,7 +13,8 @@ SECTIONS = {title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |
 FLAGS = [
     "--n_layer=2", "--n_head=2", "--n_embd=16", "--sequence_length=32", "--total_batch_size=128",
     "--micro_batch_size=4", "--max_steps=12", "--warmup_steps=2", "--max_lr=1e-2", "--val_every=4", "--val_tokens=100",
-    "--hellaswag_every=0", "--sample_every=0", "--plot_every=0", "--checkpoint_every=4", "--device=cpu", "--data_dir=data",
+    "--hellaswag_every=0", "--sample_every=0", "--plot_every=0", "--checkpoint_every=4", "--device=cpu",
+    "--data_dir=data",
 ]  # fmt: skip
 CHOSEN = {"Another activation": ["--activation=relu2"], "Another setting": ["--cooldown_steps=4"]}
 

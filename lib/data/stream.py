@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.console import UserError
-from lib.data.manifest import read_manifest
+from lib.data.manifest import build_missing, read_manifest
 from lib.data.shards import SPLITS, open_shard, split_of
+from lib.distributed import wait_for_all
 from lib.files import expand
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
@@ -135,6 +136,17 @@ class ShardFolder:
                 f"{sequences} sequences of {T} tokens{' and a sequence of validation' if validate else ''}: build more"
                 + (f", or give {flags}" if length else "")
             )
+
+
+def open_shards(data_dir, source, T, sequences, validate, local_rank):
+    """The ShardFolder of a run, checked for steps of so many sequences of T tokens; where the folder is missing or
+    unfinished and there is a `source`, fineweb.py builds it once a machine, while the other ranks wait."""
+    if local_rank == 0 and source:
+        build_missing(source, data_dir)
+    wait_for_all()
+    folder = ShardFolder(data_dir, optional=() if validate else ("val",))
+    folder.check(T, sequences, validate)
+    return folder
 
 
 class TokenStream:

@@ -14,7 +14,7 @@ import torch
 
 from lib.checkpoint import load_checkpoint
 from lib.console import UserError, say
-from lib.distributed import from_rank_0, is_main_rank, sum_over_ranks
+from lib.distributed import from_rank_0, group_device, is_main_rank, sum_over_ranks
 from lib.files import ROOT, atomic_write, list_folder, lock_folder
 from lib.run import checkpoints
 from lib.run.log import METRICS, Log, rewind_log
@@ -49,9 +49,7 @@ class RunFolder:
 
     def __enter__(self):
         # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
-        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-        if torch.cuda.is_initialized():  # NCCL sums there only
-            restarts = restarts.cuda()
+        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=group_device())
         self.restarted = sum_over_ranks(restarts).item() > 0
         if not self.resume and not self.restarted:
             self.refuse_other_run()

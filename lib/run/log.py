@@ -15,6 +15,7 @@ from lib.files import atomic_write
 
 # how the records of a kind are written; a kind that is not here is as good, and has six digits
 FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f"}
+UNLOGGED = ("tokens_per_second", "mfu")  # they differ from run to run: for the tracker alone
 METRICS = {"train": "train_loss", "val": "val_loss"}  # their names in what main returns; those of others are the kinds
 RECORD = re.compile(rb"(\d+) ([A-Za-z_]\S*) (\S[^\0-\x1f]*)")  # step, kind, value
 
@@ -35,7 +36,7 @@ class Stopwatch(Counter):
         return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())
 
 
-def format_seconds(seconds):
+def time_text(seconds):
     return f"{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m" if seconds >= 60 else f"{seconds:.0f}s"
 
 
@@ -48,7 +49,7 @@ class Log:
 
     def record(self, step, values):
         """Add the records of a step, a dict from kind to number."""
-        for kind, value in values.items():
+        for kind, value in [item for item in values.items() if item[0] not in UNLOGGED]:
             self.waiting += f"{step} {kind} {value:{FORMATS.get(kind, '.6g')}}\n".encode()
         self.flush()
 

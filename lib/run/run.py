@@ -12,7 +12,7 @@ from lib.distributed import from_rank_0, is_main_rank, set_timeout
 from lib.optimizers import settings_of
 from lib.run import checkpoints
 from lib.run.folder import code_version
-from lib.run.log import METRICS, Stopwatch, format_seconds
+from lib.run.log import METRICS, Stopwatch
 from lib.run.resume import compare_runs, restore
 from lib.run.signals import catch_signals
 
@@ -27,8 +27,8 @@ class Run:
     step: optimizer steps done; metrics: the latest of each.
     """
 
-    def __init__(self, folder, device, state, facts, checkpoint, max_steps, max_nonfinite, timeout):
-        self.folder, self.device, self.state, self.max_steps = folder, device, state, max_steps
+    def __init__(self, folder, state, facts, checkpoint, max_steps, max_nonfinite, timeout):
+        self.folder, self.state, self.max_steps = folder, state, max_steps
         self.max_nonfinite, self.timeout = max_nonfinite, timeout
         self.facts = {**facts, "commit": code_version(), "optimizer_settings": settings_of(state["optimizer"])}
         self.step, self.nonfinite, self.metrics, self.clock = 0, 0, {"val_loss": None}, Stopwatch()
@@ -44,7 +44,7 @@ class Run:
             )
         if is_main_rank():
             folder.begin(self.step, facts["train_config"])
-        self.caught = catch_signals(device)
+        self.caught = catch_signals()
 
     def steps(self):
         """Count the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
@@ -60,23 +60,16 @@ class Run:
         """Whether this step is one of every so many, or the last."""
         return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
 
-    def say(self, message):
-        """Print a line on rank 0, with the step in front."""
-        print0(f"step {self.step:5d} | {message}")
+    def say(self, *messages):
+        """Print lines on rank 0, with the step in front."""
+        for message in messages:
+            print0(f"step {self.step:5d} | {message}")
 
     def record(self, **values):
         """Record numbers of this step, by kind, in log.txt and with the tracker."""
         self.metrics |= {METRICS.get(kind, kind): value for kind, value in values.items()}
         if is_main_rank():
             self.folder.record(self.step, values)
-
-    def track(self, **values):
-        """Pass numbers that differ from run to run, such as times, to the tracker alone."""
-        if is_main_rank():
-            self.folder.tracker.send(self.step, values)
-
-    def time_left(self):
-        return format_seconds(self.clock.last * (self.max_steps - self.step - 1))
 
     def save(self):
         """Save a checkpoint of the steps done; where that fails it is said, and the run goes on."""
@@ -108,12 +101,13 @@ class Run:
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"
         )
 
-    def finish(self, hint):
-        """The last words of a run that came to its end; `hint` says what to do with its last CHECKPOINT."""
+    def finish(self, prompt, scored):
+        """The last words of a run that came to its end, and what to do next; returns its last metrics."""
         self.folder.check_saved()
         self.metrics["step"] = self.step
         print0(f"done: {self.clock}")
         if self.folder.saved:
-            checkpoint = shlex.quote(str(self.folder.saved))
-            print0(f"All is in {self.folder.path}/\nnext: {hint.replace('CHECKPOINT', checkpoint)}")
+            checkpoint, prompt = shlex.quote(str(self.folder.saved)), shlex.quote(prompt)
+            score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
+            print0(f"All is in {self.folder.path}/\nnext: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
         return self.metrics

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from lib.distributed import sum_over_ranks
+from lib.distributed import group_device, sum_over_ranks
 
 
 def stop_signals():
@@ -31,7 +31,7 @@ def handlers_restored():
             signal.signal(number, handler)
 
 
-def catch_signals(device):
+def catch_signals():
     """Return caught(), the signal that stops the run, the same on all ranks: None unless one of them got SIGTERM,
     SIGINT or SIGHUP.
 
@@ -50,7 +50,7 @@ def catch_signals(device):
     def caught():
         number = signals[0][1] if signals else 0
         number = signal.SIGKILL if is_rank and os.getppid() != parent else number
-        numbers = torch.zeros(signal.NSIG, dtype=torch.int64, device=device)
+        numbers = torch.zeros(signal.NSIG, dtype=torch.int64, device=group_device())
         numbers[number] = 1
         numbers = sum_over_ranks(numbers)[1:].nonzero().flatten().tolist()  # 0: no signal
         return max(numbers) + 1 if numbers else None

@@ -13,6 +13,7 @@ import torch
 
 import train_gpt2
 from lib.console import Stopped, UserError
+from lib.data.stream import ShardFolder
 from tools import sample
 from train_gpt2 import main, parse_args
 
@@ -73,7 +74,7 @@ def setting(model):
 
 
 def mix(model):
-    data, more = (train_gpt2.ShardFolder(folder) for folder in ("data", "my_data"))
+    data, more = (ShardFolder(folder) for folder in ("data", "my_data"))
     loader = train_gpt2.MixedLoader(10, 32, 0, 1, [data, more], [7, 3], 50304, 1337)
     for _ in range(30):
         assert [stream.root for stream, *_ in loader.upcoming] == ["data"] * 7 + ["my_data"] * 3
