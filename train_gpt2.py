@@ -552,12 +552,12 @@ def train(config, rank, local_rank, world_size, device, folder):
     del checkpoint  # its memory
 
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
-    limit, recompute = config.micro_batch_size, config.activation_checkpointing
+    share, recompute = sequences // world_size, config.activation_checkpointing  # the sequences of each rank
     also = partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
     B, note = fit_micro_batch(
-        model, ddp, optimizer, limit, sequences // world_size, T, recompute, autocast, device, also
+        model, ddp, optimizer, config.micro_batch_size, share, T, recompute, autocast, device, also
     )
-    grad_accum_steps = sequences // (B * world_size)
+    grad_accum_steps = share // B
     print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     loader = partial(DataLoaderLite, B, T, rank, world_size, data_root=data, vocab_size=model.config.vocab_size)
     train_loader, val_loader = loader("train", seed=config.seed), loader("val") if config.val_every else None
