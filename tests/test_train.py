@@ -151,7 +151,7 @@ def test_bfloat16_and_compile_off_by_default_on_cpu(tiny, tmp_path, capsys):
 def test_flags_override_the_preset_and_the_preset_the_defaults():
     assert parse_args([]) == TrainConfig()
     config = parse_args(["--preset", "demo", "--max_steps", "7", "--no-compile"])
-    assert (config.n_embd, config.max_steps, config.compile, config.vocab_size) == (64, 7, False, 50304)
+    assert (config.n_embd, config.max_steps, config.compile, config.vocab_size) == (48, 7, False, 50304)
     assert parse_args(["--preset", "gpt2-xl"]).n_layer == 48
 
 
