@@ -18,7 +18,7 @@ except ImportError:  # Windows has no such locks
 
 ROOT = Path(__file__).parent.parent  # of this code
 OUR_TEMPORARY = re.compile(
-    r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
+    r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)(_\d{6}\.(npy|bin)|\.bin))\.\d+\.tmp"
 )
 
 
