@@ -29,7 +29,7 @@ from lib import config as knobs
 from lib.checkpoint import load_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import build_missing
-from lib.data.stream import ShardFolder, TokenStream, shuffle
+from lib.data.stream import ShardFolder, TokenStream, shuffle, too_few
 from lib.device import choose_compile, choose_dtype, to_device
 from lib.distributed import mean_over_ranks, sum_over_ranks, wait_for_all
 from lib.model import hugging_face, plan
@@ -315,7 +315,7 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            raise UserError(f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few: build {T + 1}")
+            raise UserError(too_few(self.tokens.root, split, len(self.tokens), T))
         self.reset()
 
     def reset(self):

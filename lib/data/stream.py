@@ -6,21 +6,31 @@ formula that costs nothing at the start, takes no memory, and is the same everyw
 import contextlib
 import functools
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lib.console import UserError
+from lib.console import UserError, say
 from lib.data.manifest import read_manifest
-from lib.data.shards import SPLITS, open_shard, split_of
+from lib.data.shards import SPLITS, hidden_shards, list_folder, open_shard, split_of
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
 ROUNDS = 8  # of the shuffle
 
 
-@functools.lru_cache(maxsize=256)  # a process may have some 1,000 files open
+# A process may have 1,024 files open on Linux and 256 on a Mac: a quarter of them are ours
+OPEN_FILES = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)) if resource else 256
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
 def open_file(path):
     return open(path, "rb", buffering=0)
 
@@ -54,7 +64,7 @@ class TokenFile(NamedTuple):
             finally:
                 os.close(file)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}. Put it back, or build it again") from None
+            raise UserError(f"cannot read {path}: {error.strerror}. Restore it, or build it again") from None
         return cls(path, offset, length, hashlib.sha256(sample).hexdigest()[:16])
 
     def read(self, start, end):
@@ -64,9 +74,9 @@ class TokenFile(NamedTuple):
             file = open_file(self.path)
             tokens = np.frombuffer(read_at(file.fileno(), self.offset + 2 * start, 2 * (end - start)), "<u2")
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.path}: {error}. Put it back, and resume") from None
+            raise UserError(f"cannot read {self.path}: {error}. Restore it, and resume") from None
         if len(tokens) < end - start:
-            raise UserError(f"{self.path} has become shorter than {end} tokens: put it back as it was, and resume")
+            raise UserError(f"{self.path} has become shorter than {end} tokens: restore it, and resume")
         return tokens
 
 
@@ -80,14 +90,14 @@ def find_shards(data_root, splits=SPLITS):
     """The names of the shards of each split in name order, and the sha256 of those that a manifest knows, by name.
     Raises UserError where a split has none."""
     names = {split: [] for split in splits}
-    for name in sorted(os.listdir(data_root)) if os.path.isdir(data_root) else ():
+    for name in sorted(list_folder(data_root)):
         if (split := split_of(name)) in names:
             names[split].append(name)
     for split in splits:
         if not names[split]:
             raise UserError(
-                f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, 28 "
-                "GB to fetch, or your own text with --source), or try python train_gpt2.py --preset demo"
+                f"no *_{split}_*.npy or .bin shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB "
+                "of FineWeb-Edu, or your own text with --source), or try python train_gpt2.py --preset demo"
             )
     manifest = read_manifest(data_root)
     if manifest and not manifest["complete"]:
@@ -109,6 +119,9 @@ class ShardFolder:
     def __init__(self, root, splits=SPLITS):
         open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
         self.root, (names, hashes) = root, find_shards(root, splits)
+        hidden = hidden_shards(os.listdir(root))
+        if hidden and os.environ.get("RANK", "0") == "0":
+            say(f"{root}/: {hidden:,} hidden files left out, though named like shards")
         pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # of thousands fewer, to start in a second
         self.shards = {split: [TokenFile.open(f"{root}/{name}", pieces) for name in names[split]] for split in splits}
         self.facts = {
@@ -118,13 +131,33 @@ class ShardFolder:
         }
 
     def check(self, T, sequences):
-        """Raise UserError where the shards hold less than the `sequences` of T tokens of a step."""
-        found = (sum(shard.length for shard in self.shards["train"]) - 1) // T
-        if found < sequences:
-            raise UserError(
-                f"{self.root}/ has {found} training sequences of {T} tokens, too few for one step of {sequences}: "
-                "build more, or lower total_batch_size"
-            )
+        """Raise UserError where the shards hold less than the `sequences` of T tokens of a step, or less than one for
+        validation, with settings that they do for."""
+        tokens = {split: sum(shard.length for shard in shards) for split, shards in self.shards.items()}
+        found = {split: (count - 1) // T for split, count in tokens.items()}
+        if found["train"] >= sequences and min(found.values()) > 0:
+            return
+        shorter = min(T, *map(longest_sequence, tokens.values()))
+        batch = 2 ** int(math.log2(max(1, tokens["train"] // shorter // 8)))  # a power of 2 fits any micro-batch
+        remedy = f"--sequence_length {shorter} " * (shorter < T) + f"--total_batch_size {batch * shorter}"
+        few = [f"{count:,} {split} tokens, {found[split]} sequences of {T}" for split, count in tokens.items()]
+        raise UserError(
+            f"{self.root}/ has {' and '.join(few)}, too few for one step of {sequences}: "
+            f"give fineweb.py more text, or train with {remedy} and few --max_steps"
+        )
+
+
+def longest_sequence(tokens):
+    """The length of the longest sequence, a power of 2, that so many tokens have room for, with its last target."""
+    return 2 ** int(math.log2(max(1, tokens - 1)))
+
+
+def too_few(root, split, tokens, T):
+    """What to say of a split without a single sequence of T tokens."""
+    return (
+        f"{root}/ has {tokens} {split} tokens, too few for a sequence of {T} and its last target: give fineweb.py more "
+        f"text, or train with --sequence_length {longest_sequence(tokens)}"
+    )
 
 
 class TokenStream:
