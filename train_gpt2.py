@@ -245,13 +245,7 @@ class GPT(nn.Module):
         """OpenAI's weights from the Hugging Face hub: gpt2 (124M), gpt2-medium, gpt2-large or gpt2-xl."""
         if name not in OPENAI_MODELS:
             raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
-        try:
-            from transformers import GPT2LMHeadModel
-
-            theirs = GPT2LMHeadModel.from_pretrained(name)
-        except (ImportError, OSError) as error:
-            raise UserError(f"cannot load {name}: it takes pip install transformers and a network: {error}") from None
-        return rebuild(hugging_face.to_ours(theirs.config.to_dict(), theirs.state_dict()), cls, GPTConfig)
+        return rebuild(hugging_face.fetch(name), cls, GPTConfig)
 
     def flops_per_token(self, T=None):
         """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention. T: the
