@@ -2,7 +2,7 @@
 Text in, GPT-2 token shards out: the data half of the GPT-2 reproduction.
 
     python fineweb.py                                       # FineWeb-Edu sample-10BT -> edu_fineweb10B/
-    python fineweb.py --source my_texts/ --out my_data      # your own .parquet, .jsonl(.gz, .zst) or .txt files
+    python fineweb.py --source my_texts/ --out my_data      # your own .parquet, .jsonl or .txt files
     python fineweb.py --source demo --out demo_data         # the docs of Python and NumPy, no network
 
 A shard is a one-dimensional .npy file of little-endian uint16: every document is <|endoftext|> (50256) followed by
@@ -14,16 +14,12 @@ the hub are fetched one ahead, checked, and deleted once they are tokenized.
 """
 
 import argparse
-import contextlib
 import itertools
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +28,6 @@ from pathlib import Path
 import numpy as np
 
 from lib.console import UserError, run_as_command, say
-from lib.data.hub import FINEWEB_EDU
 from lib.data.manifest import (
     DOWNLOADS,
     check_disk,
@@ -42,10 +37,13 @@ from lib.data.manifest import (
     removed_if_empty,
     write_manifest,
 )
-from lib.data.shards import check_shard_set, open_shard
-from lib.data.sources import documents_of, find_source
+from lib.data.progress import Progress
+from lib.data.readers import More, documents_of
+from lib.data.ready_made import place_shards
+from lib.data.shards import FINEWEB_EDU, name_shard
+from lib.data.sources import find_source
 from lib.files import atomic_write, hash_file, lock_folder
-from lib.tokenizer import EOT, get_tokenizer
+from lib.tokenizer import EOT, encode, get_tokenizer
 
 # the CPUs that this process may use, which are fewer than there are in a job of a cluster; some 12 keep the parent busy
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -63,38 +61,40 @@ def start_worker():
 
 def tokenize(texts):
     """Return (tokens of all texts as one uint16 array, number of documents, number of empty ones left out)."""
-    encoder, start = get_tokenizer(), np.array([EOT], np.uint32)
-    parts, documents = [], 0
-    for text in texts:
+    start, parts, documents, empty = np.array([EOT], np.uint32), [], 0, 0
+    for index, text in enumerate(texts):
+        begins = not isinstance(text, More)
         if text:
-            if not text.isascii():
-                text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
-            # no special tokens: a text that spells out <|endoftext|> is ordinary text
-            parts += [start, encoder.encode_to_numpy(text, disallowed_special=())]
-            documents += 1
+            try:
+                parts += [start, encode(text)] if begins else [encode(text)]
+            except UserError as error:
+                error.index = index
+                raise
+        documents += bool(text) and begins
+        empty += not text and begins
     tokens = np.concatenate(parts) if parts else np.empty(0)
-    return tokens.astype("<u2"), documents, len(texts) - documents
+    return tokens.astype("<u2"), documents, empty
 
 
-def chunks(paths, column, row):
-    """Yield ((index of the file, row) of the first document, texts): 256 documents, or fewer where they are long,
-    since a pool that is handed one document at a time spends its time on handing over."""
-    start, texts, length = None, [], 0
+def chunks(paths, column, row, split_on):
+    """Yield (places, texts) of 256 documents, or fewer where they are long, since a pool that is handed one document at
+    a time spends its time on handing over. A place is (index of the file, row, path)."""
+    places, texts, length = [], [], 0
     for index, path in paths:
-        for position, text in enumerate(documents_of(path, column, row), start=row):
-            start = start or (index, position)
+        for position, text in enumerate(documents_of(path, column, row, split_on), start=row):
+            places.append((index, position, path))
             texts.append(text)
             length += len(text or "")
             if len(texts) == 256 or length > 1_000_000:
-                yield start, texts
-                start, texts, length = None, [], 0
+                yield places, texts
+                places, texts, length = [], [], 0
         row = 0
     if texts:
-        yield start, texts
+        yield places, texts
 
 
 def tokenize_in_parallel(chunks, pool, workers):
-    """Yield (start, *tokenize(texts)) of each chunk in order, so that no byte depends on the workers.
+    """Yield (file, row, *tokenize(texts)) of each chunk in order, so that no byte depends on the workers.
 
     What was read before an error comes first, then the error.
     """
@@ -102,30 +102,28 @@ def tokenize_in_parallel(chunks, pool, workers):
 
     def submit(count):
         try:
-            for start, texts in itertools.islice(chunks, count):
-                pending.append((start, pool.submit(tokenize, texts)))
+            for places, texts in itertools.islice(chunks, count):
+                pending.append((places, pool.submit(tokenize, texts)))
         except UserError as error:
-            pending.append((None, Future()))
+            pending.append(([], Future()))
             pending[-1][1].set_exception(error)
 
     submit(8 * workers)  # bounded, whatever the source, and enough to work on while a shard is written
     while pending:
-        start, future = pending.popleft()
-        yield start, *future.result()
+        places, future = pending.popleft()
+        try:
+            result = future.result()
+        except UserError as error:
+            if not hasattr(error, "index"):
+                raise
+            _, row, path = places[error.index]
+            raise UserError(f"{path}, row {row + 1}: {error}; delete it and build the rest in a new --out") from None
+        yield *places[0][:2], *result
         submit(1)
 
 
 # -----------------------------------------------------------------------------
 # Tokens to shards
-
-
-def update_bar(bar, tokens, manifest, where):
-    """Count tokens on the bar; where there is no terminal for it, print it as a line every 30 seconds."""
-    bar.set_postfix_str(f"{manifest['documents']:,} documents, {where}, shard {len(manifest['shards']):06d}", False)
-    bar.update(tokens)
-    if not sys.stderr.isatty() and time.monotonic() >= getattr(bar, "next_line", 0):
-        say(bar, sys.stderr)
-        bar.next_line = time.monotonic() + 30
 
 
 def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
@@ -138,32 +136,36 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     shards, skip = manifest["shards"], progress["skip"]
     start, end = {**manifest, "progress": progress}, {"file": len(manifest["files"]), "row": 0, "skip": 0}
     buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
+    listed, waiting = 0, 0  # bytes of the manifest, and of the shards that are not in it yet
 
     def add_shard(tokens, progress):
+        nonlocal listed, waiting
         if not shards:
-            write_manifest(out, start)  # comes first: a folder with shards but no manifest is someone else's
-        path = out / f"{shard_name(manifest['source'])}_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+            listed = write_manifest(out, start)  # first: a folder with shards but no manifest is someone else's
+        path = out / f"{name_shard(manifest['source'], len(shards))}.npy"
         with atomic_write(path) as file:
             np.save(file, tokens)
         shards.append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
-        if progress:
-            write_manifest(out, manifest, progress=progress)
+        waiting += tokens.nbytes
+        if progress and waiting >= listed - 1_000_000:  # it is large where there are 100,000 small files
+            listed, waiting = write_manifest(out, manifest, progress=progress), 0
 
-    todo = chunks(paths(progress["file"]), manifest.get("text_column"), progress["row"])
-    for (file, row), tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
-        new = len(tokens) - skip
-        while skip < len(tokens):
+    how = manifest.get("text_column"), progress["row"], manifest.get("split_on")
+    todo = chunks(paths(progress["file"]), *how)
+    for file, row, tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
+        taken = min(skip, len(tokens))
+        new, skip = len(tokens) - taken, skip - taken
+        while taken < len(tokens):
             if filled == len(buffer):
-                add_shard(buffer, {"file": file, "row": row, "skip": skip})
+                add_shard(buffer, {"file": file, "row": row, "skip": taken})
                 filled = 0
-            taken = min(len(tokens) - skip, len(buffer) - filled)
-            buffer[filled : filled + taken] = tokens[skip : skip + taken]
-            filled, skip = filled + taken, skip + taken
-        skip = 0
+            count = min(len(tokens) - taken, len(buffer) - filled)
+            buffer[filled : filled + count] = tokens[taken : taken + count]
+            filled, taken = filled + count, taken + count
         manifest["documents"] += documents
         manifest["skipped_empty"] += empty
         manifest["tokens"] += len(tokens)
-        update_bar(bar, new, manifest, manifest["files"][file]["file"])
+        bar.update(new, manifest, manifest["files"][file]["file"])
     if not shards:  # all of the text is in the buffer
         tenth = max(1, filled // 10)
         if not may_cut or filled < 2:
@@ -177,31 +179,9 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
         add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 
 
-def place_shards(out, manifest, progress, paths, bar):
-    """Copy fetched .bin shards into the folder."""
-    check_shard_set([file["file"] for file in manifest["files"]])
-    write_manifest(out, manifest, progress=progress)
-    for index, path in paths(progress["file"]):
-        tokens = open_shard(path)
-        manifest["documents"] += int(np.count_nonzero(tokens == EOT))
-        manifest["tokens"] += len(tokens)
-        manifest["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
-        with open(path, "rb") as source, atomic_write(out / path.name) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        write_manifest(out, manifest, progress={"file": index + 1, "row": 0, "skip": 0})
-        update_bar(bar, len(tokens), manifest, path.name)
-
-
-def shard_name(source):
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-")
-    return "edufineweb" if source == FINEWEB_EDU else name or "text"
-
-
 def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
     """Make the shards that the manifest (None at first) does not list yet; returns the complete manifest."""
-    from tqdm import tqdm
-
-    commit, files, paths = open_source(out / DOWNLOADS, manifest and manifest["revision"], keep)
+    commit, files, paths = open_source(out / DOWNLOADS, manifest, keep)
     estimate, ready_made = estimate_tokens(files), files[0]["file"].endswith(".bin")
     if not manifest:
         manifest = {"shard_size": 0, **wanted, "revision": commit or wanted["revision"], "files": files}
@@ -212,10 +192,7 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
     progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
     check_disk(out, manifest, estimate, keep)
     done = sum(shard["tokens"] for shard in manifest["shards"])
-    with contextlib.ExitStack() as stack:
-        screen = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
-        bar = tqdm(total=estimate or None, initial=done, file=screen, unit=" tokens", unit_scale=True, mininterval=0.5)
-        stack.enter_context(bar)
+    with Progress(estimate, done) as bar:
         if ready_made:
             place_shards(out, manifest, progress, paths, bar)
         else:
@@ -231,7 +208,7 @@ def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
 
 def build(
     source, out, shard_size=None, workers=None, start_method=None,
-    name=None, split="train", text_column="text", revision=None, keep=False, verify=False,
+    name=None, split="train", text_column="text", revision=None, keep=False, verify=False, split_on=None,
 ):  # fmt: skip
     """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
     unfinished one goes on after its last shard. Without a shard_size it is a tenth of the tokens that the sizes of the
@@ -239,12 +216,13 @@ def build(
 
     Raises UserError for a source that cannot be read and for a folder that holds something else.
     """
-    out, workers = Path(out), workers or WORKERS
-    about, open_source = find_source(source, name, split, text_column, revision)
+    out, workers = Path(os.path.expanduser(out)), workers or WORKERS
+    about, open_source = find_source(source, name, split, text_column, revision, split_on)
     wanted = {**about, "tokenizer": "gpt2"} | ({"shard_size": shard_size} if shard_size else {})
     manifest = find_manifest(out, wanted, verify)
     if manifest and manifest["complete"]:
         return manifest
+    get_tokenizer()  # workers that are forked have it then
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker) as pool:
             pool.submit(len, "")  # starts the workers, before there are threads to fork with or a lock to inherit
@@ -274,6 +252,7 @@ def main():
     parser.add_argument(
         "--revision", help="branch, tag or commit on the hub (default: FineWeb-Edu's is pinned, else main)"
     )
+    parser.add_argument("--split_on", help="what stands between two documents of a .txt, for instance <|endoftext|>")
     parser.add_argument("--keep", action="store_true", help=f"keep what was fetched, in {DOWNLOADS}/ of the folder")
     parser.add_argument("--verify", action="store_true", help="compute the sha256 of every shard that is there")
     args = parser.parse_args()
@@ -283,7 +262,8 @@ def main():
         run_as_command(lambda: build(**vars(args)))
     except KeyboardInterrupt:
         say("interrupted: the same command goes on after the last finished shard", sys.stderr)
-        sys.exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)  # a loop of the shell stops only where its child dies of the signal
 
 
 if __name__ == "__main__":

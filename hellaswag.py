@@ -16,6 +16,7 @@ Items are JSON objects, one a line, as in https://github.com/rowanz/hellaswag; F
 import argparse
 import hashlib
 import json
+import os
 import re
 import urllib.request
 from http.client import HTTPException
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 
 from lib.console import UserError, run_as_command, say
+from lib.data.items import read_items
 from lib.device import check_device, default_device, flash_attention
 from lib.distributed import sum_over_ranks
 from lib.files import atomic_write
@@ -57,20 +59,7 @@ def fetch(split):
 
 def iterate_examples(split="val", path=None, style="completion"):
     """Yield the items of a split, or of the .jsonl file `path`, as dicts with at least what the style needs."""
-    try:
-        lines = Path(path or fetch(split)).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            example = json.loads(line.decode("utf-8-sig"))
-            texts = [example[field] for field in FIELDS[style]] + example["endings"]
-            if len(example["endings"]) != 4 or example["label"] not in range(4) or {*map(type, texts)} != {str}:
-                raise ValueError("a value is of the wrong kind")
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = f"a JSON object with {', '.join(FIELDS[style])}, label 0 to 3 and 4 endings"
-            raise UserError(f"{path}, line {number}: --style {style} needs {wanted}, not {error!r}. Mend it") from None
-        yield example
+    yield from read_items(path or fetch(split), FIELDS[style], style)
 
 
 def clean(text):
@@ -210,12 +199,13 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
 
 def main():
     parser = argparse.ArgumentParser(description="Score a model on HellaSwag", allow_abbrev=False)
-    parser.add_argument("-m", "--model", default="gpt2", help="OpenAI name, checkpoint or exported folder: %(default)s")
+    path = os.path.expanduser
+    parser.add_argument("-m", "--model", type=path, default="gpt2", help="OpenAI name, checkpoint or exported folder")
     parser.add_argument("-d", "--device", default=default_device(), help="cuda, mps, cpu")
-    parser.add_argument("--data", help="a .jsonl of items (default: the validation set, fetched on first use)")
+    parser.add_argument("--data", type=path, help="a .jsonl of items (default: the validation set, which is fetched)")
     parser.add_argument("--limit", type=int, help="score only the first N items")
     parser.add_argument("--style", choices=FIELDS, default="completion", help="default: %(default)s")
-    parser.add_argument("--json", help="write the scores and each item's choices to this file")
+    parser.add_argument("--json", type=path, help="write the scores and each item's choices to this file")
     run_as_command(run, *vars(parser.parse_args()).values())
 
 

@@ -23,7 +23,7 @@ CANNOT_SYNC = {  # the answers of folders that cannot be synced, or opened for i
 }  # fmt: skip
 ROOT = Path(__file__).parent.parent  # of this code
 OUR_TEMPORARY = re.compile(
-    r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)_\d{6}\.(npy|bin))\.\d+\.tmp"
+    r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)(_\d{6}\.(npy|bin)|\.bin))\.\d+\.tmp"
 )
 
 
@@ -51,7 +51,7 @@ def list_folder(folder):
     """The paths in a folder, none where there is no folder. Raises UserError where the system refuses to list it."""
     try:
         return list(Path(folder).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"cannot read {folder}/: {error.strerror}. Fix that, or choose another folder") from None

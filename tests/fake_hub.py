@@ -1,8 +1,9 @@
 """
 A stand-in for the Hugging Face hub on 127.0.0.1, for the real client: HF_ENDPOINT is its `endpoint`.
 
-It serves repo info, the tree at a revision, and files with ETag, X-Repo-Commit, Content-Length and Range. `mishaps`
-holds what goes wrong with the next requests of a file: (path, kind), taken one a GET, or for ever where it is a dict.
+It serves repo info, the tree of a folder at a revision, what is at some paths, and files with ETag, X-Repo-Commit,
+Content-Length and Range: one data set, and models. `mishaps` holds what goes wrong with the next requests of a file:
+(path, kind), taken one a GET; `always` what goes wrong with all of them.
 """
 
 import contextlib
@@ -15,8 +16,8 @@ import shutil
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATASET = "someone/texts"
@@ -34,12 +35,9 @@ def sha256_of(content):
 
 class Hub:
     def __init__(self, files, dataset, commit):
-        self.files, self.dataset, self.commit = (
-            dict(files),
-            dataset,
-            commit,
-        )  # files: path -> bytes, or Path of a large one
+        self.files, self.dataset, self.commit = dict(files), dataset, commit  # path -> bytes, or Path of a large one
         self.pinned = commit
+        self.models = {}  # name -> {path -> bytes}
         self.claims = {}  # path -> size that the tree claims
         self.mishaps = []  # (path, kind), each once
         self.always = {}  # path -> kind
@@ -52,7 +50,8 @@ class Hub:
                 return mishap[1]
         return self.always.get(path)
 
-    def tree(self):
+    def entries(self):
+        """What the hub says of each file and folder, by its path."""
         for path, content in self.files.items():
             length = length_of(content)
             size, git = self.claims.get(path, length), "0" * 40
@@ -60,8 +59,12 @@ class Hub:
                 git = hashlib.sha1(b"blob %d\0" % length + content).hexdigest()
             large = {"lfs": {"oid": sha256_of(content), "size": size, "pointerSize": 130}} if length > 1000 else {}
             yield {"type": "file", "path": path, "size": size, "oid": git, **large}
-        for folder in {path.rsplit("/", 1)[0] for path in self.files if "/" in path}:
+        for folder in {str(folder) for path in self.files for folder in PurePosixPath(path).parents} - {"."}:
             yield {"type": "directory", "path": folder, "oid": "0" * 40}
+
+    def tree(self, folder, recursive):
+        inside = [entry for entry in self.entries() if f"/{entry['path']}".startswith(f"{folder}/")]
+        return [entry for entry in inside if recursive or "/" not in f"/{entry['path']}"[len(folder) + 1 :]]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": len(body), **dict(headers)}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body if send is None else body[:send])
         if send is not None:  # cut the connection
             self.wfile.flush()
@@ -90,15 +93,33 @@ class Handler(BaseHTTPRequestHandler):
             if match["revision"] not in (None, "main", "v1", hub.commit, hub.pinned):
                 return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
             sha = hub.pinned if match["revision"] == hub.pinned else hub.commit
-            body = {"id": hub.dataset, "sha": sha, "siblings": []}
-            return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if path == f"/api/datasets/{hub.dataset}/tree/{hub.pinned}":
-            return self.answer(200, json.dumps(list(hub.tree())).encode(), {"Content-Type": "application/json"})
+            return self.answer_json({"id": hub.dataset, "sha": sha, "siblings": []})
+        at = f"/api/datasets/{hub.dataset}/%s/{hub.pinned}"
+        if path.startswith(tree := at % "tree"):
+            hub.requests["tree"] += 1
+            if hub.next_mishap("tree"):
+                return self.answer(500)
+            found = hub.tree(path[len(tree) :], "recursive=true" in self.path.lower())
+            if found:
+                return self.answer_json(found)
+        elif path == at % "paths-info":
+            length = int(self.headers["Content-Length"])
+            asked = parse_qs(self.rfile.read(length).decode()).get("paths", [])
+            return self.answer_json([entry for entry in hub.entries() if entry["path"] in asked])
         prefix = f"/datasets/{hub.dataset}/resolve/{hub.pinned}/"
-        if path.startswith(prefix) and (name := path[len(prefix) :]) in hub.files:
-            return self.send_file(hub, name, hub.files[name])
-        self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if path.startswith(prefix):
+            if (name := path[len(prefix) :]) in hub.files:
+                return self.send_file(hub, name, hub.files[name])
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.pinned})
+        for model, files in hub.models.items():
+            if path.startswith(prefix := f"/{model}/resolve/main/") and (name := path[len(prefix) :]) in files:
+                return self.send_file(hub, name, files[name])
+        self.answer(404, b"", {"X-Error-Code": "EntryNotFound" if "/tree/" in path else "RepoNotFound"})
 
+    def answer_json(self, body):
+        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    do_POST = do_GET
     do_HEAD = do_GET
 
     def send_file(self, hub, name, content):

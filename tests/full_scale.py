@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_hub import serving
 
-from lib.data.hub import FINEWEB_EDU, FINEWEB_EDU_REVISION
-from lib.data.sources import demo_documents
+from lib.data.demo import demo_documents
+from lib.data.shards import FINEWEB_EDU
+from lib.data.sources import FINEWEB_EDU_REVISION
 from lib.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +125,8 @@ def main():
         print(f"files of {sizes} in {time.time() - start:.0f} s", flush=True)
         files = {f"sample/10BT/{i:03d}_00000.parquet": big if i < 13 else small for i in range(14)}
         flags = ["--workers", args.workers, "--shard_size", str(int(1e8 * args.scale))]
-        with serving(files, FINEWEB_EDU, FINEWEB_EDU_REVISION) as hub:
+        card = "---\nconfigs:\n- config_name: sample-10BT\n  data_files: sample/10BT/*\n---\n"
+        with serving({**files, "README.md": card.encode()}, FINEWEB_EDU, FINEWEB_EDU_REVISION) as hub:
             first = Watch(out, hub.endpoint, flags)
             print(f"first file there after {first.until(lambda: any(out.rglob('*.parquet'))):.1f} s", flush=True)
             print(f"first shard after {first.until(first.shards):.1f} s", flush=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support import ROOT, disk, environment, losses, run, write_shards
 
@@ -95,6 +95,7 @@ HARD = st.text(st.sampled_from(list("aA1'stll  \n\t\r\u3000\u00a0.,!-_世界é�
 @given(st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), HARD))
 @example(" can't we'll  I'M\n\n  x \t ")
 def test_token_ids_and_texts_equal_tiktokens(tokenizers, text):
+    assume("<|endoftext|>" not in text)  # to theirs it is the special token
     ids = get_tokenizer().encode_ordinary(text)
     for tokenizer in tokenizers:
         assert tokenizer(text)["input_ids"] == ids

@@ -3,19 +3,27 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import ROOT, command_of, disk, environment, run
+import tiktoken
+from support import ROOT, command_of, disk, environment, finish, read_until, run
 
 import fineweb
 from lib.console import UserError
+from lib.data import manifest as manifest_module
+from lib.data.readers import documents_of
 from lib.data.stream import find_shards
 
 TEXTS = [
@@ -368,3 +376,292 @@ def test_byte_order_marks_are_no_text_and_dead_links_are_named(tmp_path):
     (tmp_path / "texts" / "d.txt").unlink()
     fineweb.build(str(tmp_path / "texts"), tmp_path / "out", shard_size=2, workers=1)
     assert decode_documents(tmp_path / "out") == ["One two", "Three"]
+
+
+def build_from(path, out, *flags, **kwargs):
+    """Run fineweb.py on a path as a user does, and expect success; returns what it says."""
+    result = run("fineweb.py", "--source", path, "--out", out, "--workers", 1, *flags, **kwargs)
+    assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
+    return result.stdout
+
+
+def test_hidden_files_are_never_text_and_are_counted(tmp_path):
+    texts = tmp_path / "texts"
+    names = (".ipynb_checkpoints/a.txt", "._a.txt", ".Trash/b.txt", "__MACOSX/c.txt", "deep/.hidden/d.txt")
+    for name in (*names, "a.txt", "deep/b.txt", "notes.csv"):
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / name).write_text(f"the text of {name} " * 5)
+    said = build_from(texts, tmp_path / "out", "--shard_size", 20)
+    assert "2 files taken" in said and "5 hidden" in said and "1 of another kind" in said
+    assert decode_documents(tmp_path / "out") == [f"the text of {name} " * 5 for name in ("a.txt", "deep/b.txt")]
+
+
+def test_links_are_followed_once_and_suffixes_have_any_case(tmp_path):
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for path in (texts / "a.TXT", elsewhere / "c.Txt.GZ", elsewhere / "d.JSONL"):
+        path.parent.mkdir(exist_ok=True)
+    (texts / "a.TXT").write_text("first " * 9)
+    (elsewhere / "c.Txt.GZ").write_bytes(gzip.compress(b"second " * 9))
+    (elsewhere / "d.JSONL").write_bytes(json_lines(["third " * 9]))
+    (texts / "a_link.txt").symlink_to("a.TXT")
+    (texts / "b").symlink_to(elsewhere)
+    (texts / "b_again").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(tmp_path / "texts")  # a circle
+    said = build_from(texts, tmp_path / "out", "--shard_size", 8)
+    assert "3 files taken" in said and "3 linked twice" in said
+    assert decode_documents(tmp_path / "out") == ["first " * 9, "second " * 9, "third " * 9]
+
+
+@pytest.fixture
+def open_folder():
+    """A temporary folder that other users can enter and write, which those of pytest are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="root becomes someone without permission")
+def test_folders_without_permission_are_named_and_no_traceback(open_folder):
+    texts, nobody = open_folder / "texts", ["setpriv", "--reuid=65534", "--clear-groups"]
+    for name in ("a.txt", "closed/b.txt", "list_only/c.txt"):
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / name).write_text("some words " * 50)
+    (texts / "closed").chmod(0o700)
+    (texts / "list_only").chmod(0o744)
+
+    def run_as_nobody(*flags):
+        return subprocess.run(
+            [*nobody, *command_of("fineweb.py", "--workers", 1, *flags)], env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100,
+        )  # fmt: skip
+
+    result = run_as_nobody("--source", texts, "--out", open_folder / "out")
+    assert result.returncode == 0 and "1 files taken" in result.stdout, result.stdout
+    assert "closed (Permission denied)" in result.stdout and "c.txt (Permission denied)" in result.stdout
+    (texts / "a.txt").chmod(0o600)
+    for flags in (
+        ("--source", texts, "--out", open_folder / "other"),
+        ("--source", texts / "closed" / "b.txt", "--out", open_folder / "other"),
+        ("--source", "demo", "--out", texts / "closed" / "out"),
+        ("--source", "demo", "--out", texts / "list_only"),
+    ):
+        result = run_as_nobody(*flags)
+        assert result.returncode == 2 and "Permission denied" in result.stdout, result.stdout
+        assert "Traceback" not in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("flag", ["--source", "--out"])
+def test_a_path_that_the_system_refuses_is_one_line(flag, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    flags = {"--source": tmp_path / "a.txt", "--out": tmp_path / "out"}
+    for path in ("x" * 300, tmp_path / "a.txt" / "b"):
+        result = run("fineweb.py", *[part for pair in {**flags, flag: path}.items() for part in pair])
+        assert result.returncode == 2 and "error: " in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+def test_home_is_expanded_in_every_path(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    for flags in (("--source", "~/a.txt", "--out", "~/out"), ("--source=~/a.txt", "--out=~/out2")):
+        result = run("fineweb.py", *flags, cwd=tmp_path, env={"HOME": str(tmp_path)})
+        assert result.returncode == 0, result.stdout
+    assert (tmp_path / "out" / "manifest.json").exists() and (tmp_path / "out2" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+def test_file_names_that_are_not_utf_8(locale, tmp_path):
+    folder = os.fsencode(tmp_path / "texts") + b"\xe9"
+    os.mkdir(folder)
+    for name in (b"caf\xe9.txt", "東京.txt".encode()):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(b"some words " * 50)
+    flags = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    build_from(os.fsdecode(folder), tmp_path / "out", env=flags)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+
+
+def test_columns_of_text_by_another_name_are_read(tmp_path):
+    texts = ["a cat", "naïve", None, "a cat"] * 9
+    for kind in (pa.dictionary(pa.int32(), pa.string()), pa.binary(), pa.large_string(), pa.string_view()):
+        path = tmp_path / f"{kind}.parquet".replace("/", "")
+        pq.write_table(pa.table({"text": pa.array(texts).cast(pa.string()).cast(kind)}), path, compression="brotli")
+        fineweb.build(str(path), tmp_path / f"out_{path.stem}", shard_size=9, workers=1)
+        assert decode_documents(tmp_path / f"out_{path.stem}") == [text for text in texts if text]
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some words " * 50)
+    (tmp_path / "texts" / "b.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match="b.parquet .*git lfs pull"):
+        fineweb.build(str(tmp_path / "texts"), tmp_path / "out", workers=1)
+
+
+def test_a_mistyped_path_is_said_before_the_network_is_asked(tmp_path):
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HUB_RETRY_DELAY": "0.01", "HF_HOME": str(tmp_path)}
+    result = run("fineweb.py", "--source", "my/textx", "--out", tmp_path / "out", env=env)
+    assert result.returncode == 2 and result.stdout.startswith("there is no file or folder my/textx here")
+
+
+def test_line_ends_of_windows_are_read_as_newlines(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\nthree\rfour\n" * 9 + b"\r")
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["one\r\ntwo"]).replace(b"\n", b"\r\n"))  # says what it means
+    for name, text in (("a.txt", "one\ntwo\nthree\rfour\n" * 9 + "\r"), ("b.jsonl", "one\r\ntwo")):
+        fineweb.build(str(tmp_path / name), tmp_path / name[0], shard_size=2, workers=1)
+        assert decode_documents(tmp_path / name[0]) == [text]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le"])
+@pytest.mark.parametrize("text", ["A text in English.\n" * 20, "Текст по-русски и ещё немного слов.\n" * 20])
+def test_utf_16_is_refused(encoding, text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match="iconv"):
+        fineweb.build(str(tmp_path / "a.txt"), tmp_path / "out", shard_size=9, workers=1)
+
+
+def test_lines_of_json_as_others_write_them(tmp_path):
+    lines = [
+        '{"text": "huge", "id": %s}' % ("9" * 5000), '{"text": "no number", "x": [NaN, -Infinity, 1e999]}',
+        '{"text": "no", "text": "the last one"}', '{"text": "line\u2028separator"}', "", '{"text": null}',
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    parts = [gzip.compress(line.encode() + b"\n") for line in lines]
+    (tmp_path / "b.jsonl.gz").write_bytes(b"".join(parts))  # a file of several members
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        manifest = fineweb.build(str(tmp_path / name), tmp_path / name[0], shard_size=4, workers=1)
+        assert decode_documents(tmp_path / name[0]) == ["huge", "no number", "the last one", "line\u2028separator"]
+        assert manifest["skipped_empty"] == 2
+    for bad, words in (('{"text": 5}', "5.0"), ('[{"text": "a"}]', "jq -c"), ('{"text": ["a"]}', "TypeError")):
+        (tmp_path / "bad.jsonl").write_text(bad)
+        with pytest.raises(UserError, match=re.escape(words)):
+            fineweb.build(str(tmp_path / "bad.jsonl"), tmp_path / "bad", shard_size=4, workers=1)
+
+
+def test_json_files_are_read_where_they_are_named_or_alone(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.json").write_bytes(json_lines(["a cat and a dog"]))
+    fineweb.build(str(tmp_path / "texts"), tmp_path / "out", shard_size=2, workers=1)
+    (tmp_path / "texts" / "b.txt").write_text("a fish and a bird")
+    for source, expected in (("texts", "a fish and a bird"), ("texts/a.json", "a cat and a dog")):
+        out = tmp_path / f"out_{Path(source).name}"
+        fineweb.build(str(tmp_path / source), out, shard_size=2, workers=1)
+        assert decode_documents(out) == [expected]
+
+
+def test_50_000_row_groups(tmp_path):
+    table = pa.table({"text": [f"row {i}" for i in range(50_000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="zstd")
+    assert [*documents_of(tmp_path / "a.parquet", row=49_998)] == ["row 49998", "row 49999"]
+    assert sum(1 for _ in documents_of(tmp_path / "a.parquet")) == 50_000
+
+
+def test_a_window_of_zstd_that_is_too_long_is_said_with_the_remedy(tmp_path):
+    frame = bytes.fromhex("28b52ffd 00") + bytes([(31 - 10) << 3]) + (3 << 3 | 1).to_bytes(3, "little") + b"a b"
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    with pytest.raises(UserError, match="zstd -d --long=31"):
+        fineweb.build(str(tmp_path / "a.txt.zst"), tmp_path / "out", workers=1)
+
+
+def test_many_small_files_do_not_write_their_manifest_for_every_shard(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    for i in range(5000):
+        (tmp_path / "texts" / f"{i:0200d}.txt").write_text(f"text {i}")
+    sizes, write = [], manifest_module.write_manifest
+    monkeypatch.setattr(fineweb, "write_manifest", lambda *args, **kw: sizes.append(write(*args, **kw)) or sizes[-1])
+    manifest = fineweb.build(str(tmp_path / "texts"), tmp_path / "out", shard_size=100, workers=1)
+    assert sizes[0] > 1_200_000 and len(manifest["shards"]) > 100 and len(sizes) < 5
+
+
+def test_a_million_white_space_characters_end_no_build(tmp_path):
+    text = "a table" + " " * 1_500_000 + "of few words" + "\n" * 1_000_000 + "end"
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["first", text, "x" * 1_000_000]))
+    (tmp_path / "b.txt").write_text(text)
+    for name, expected in (("a.jsonl", ["first", text, "x" * 1_000_000]), ("b.txt", [text])):
+        build_from(tmp_path / name, tmp_path / name[0], "--shard_size", 1_000_000)
+        assert decode_documents(tmp_path / name[0]) == expected
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named_with_file_and_row(tmp_path, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def panic(self, text, **kwargs):
+        if "poison" in text:
+            raise Panic("stack")
+        return encode_to_numpy(self, text, **kwargs)
+
+    encode_to_numpy = tiktoken.Encoding.encode_to_numpy
+    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", panic)
+    for i, texts in enumerate((["a"] * 300, ["b"] * 20 + ["poison"])):
+        (tmp_path / f"{i}.jsonl").write_bytes(json_lines(texts))
+    with pytest.raises(UserError, match="1.jsonl, row 21: the tokenizer fails on 6 characters .*'poison': stack"):
+        fineweb.build(str(tmp_path), tmp_path / "out", shard_size=9, workers=1, start_method="fork")
+
+
+def test_a_txt_is_tokenized_in_pieces_that_change_no_token(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.data.readers.PIECE", 1000)
+    rng = random.Random(0)
+    text = "".join(rng.choice(["word", " ", "\n", "   ", "é", "1", "don't", "\r\n", "東"]) for _ in range(30_000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    text = text.replace("\r\n", "\n")
+    assert len(list(documents_of(tmp_path / "a.txt"))) > 20
+    manifest = fineweb.build(str(tmp_path / "a.txt"), tmp_path / "out", shard_size=5000, workers=2)
+    tokens = np.concatenate(
+        [np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"), key=lambda p: p.name[-10:])]
+    )
+    assert manifest["documents"] == 1 and tokens.tolist() == [50256, *fineweb.get_tokenizer().encode_ordinary(text)]
+    # unfinished as it was when a .txt was one row, and as it is now: both go on to the same bytes
+    expected = content_of(tmp_path / "out")
+    rows = [len(fineweb.encode(piece)) for piece in documents_of(tmp_path / "a.txt")]
+    places = [{"row": 0, "skip": 5000}, {"row": 2, "skip": 4999 - sum(rows[:2])}]
+    for progress, documents, counted in zip(places, (0, 1), (0, 1 + sum(rows[:2])), strict=True):
+        (tmp_path / "out" / "manifest.json").write_text(json.dumps({
+            **manifest, "complete": False, "shards": manifest["shards"][:1], "progress": {"file": 0, **progress},
+            "documents": documents, "tokens": counted,
+        }))  # fmt: skip
+        fineweb.build(str(tmp_path / "a.txt"), tmp_path / "out", shard_size=5000, workers=1)
+        assert content_of(tmp_path / "out") == expected
+
+
+def test_a_txt_of_any_size_takes_little_memory(tmp_path):
+    with open(tmp_path / "a.txt", "w") as file:
+        for _ in range(40):
+            file.write("some words and more\n" * 50_000)  # 40 MB
+    tracemalloc.start()
+    assert sum(map(len, documents_of(tmp_path / "a.txt"))) == 40_000_000
+    assert tracemalloc.get_traced_memory()[1] < 16e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("piece", [10, 1 << 20])
+@pytest.mark.parametrize("mark", ["<|endoftext|>", "= =\n", "\n\n"])
+def test_split_on_makes_documents_of_a_txt(mark, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.data.readers.PIECE", piece)
+    texts = [f"Story {i} of some words,\nin two lines." for i in range(30)]
+    (tmp_path / "a.txt").write_bytes(f"\n{mark}\n".join(texts).replace("\n", "\r\n").encode() + mark.encode())
+    manifest = fineweb.build(str(tmp_path / "a.txt"), tmp_path / "out", shard_size=90, workers=1, split_on=mark)
+    assert decode_documents(tmp_path / "out") == texts and manifest["documents"] == 30
+    with pytest.raises(UserError, match="split_on"):
+        fineweb.build(str(tmp_path / "a.txt"), tmp_path / "out", shard_size=90, workers=1)
+
+
+def test_splitting_is_offered_where_a_txt_has_the_mark(tmp_path):
+    (tmp_path / "a.txt").write_text("one story\n<|endoftext|>\nanother story\n" * 9)
+    said = build_from(tmp_path / "a.txt", tmp_path / "out")
+    assert said.count('--split_on "<|endoftext|>"') == 1
+    assert "10 documents" in build_from(tmp_path / "a.txt", tmp_path / "split", "--split_on", "<|endoftext|>")
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["a"]))
+    refused = run("fineweb.py", "--source", tmp_path / "b.jsonl", "--out", tmp_path / "no", "--split_on", "x")
+    assert refused.returncode == 2 and "is for .txt files" in refused.stdout
+
+
+def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path):
+    """It says how to go on, and dies of the signal, as a shell wants it."""
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(["some words " * 2000] * 3000))
+    command = command_of("fineweb.py", "--source", tmp_path / "texts.jsonl", "--out", tmp_path / "out", "--workers", 1,
+                         "--shard_size", 5000)  # fmt: skip
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    read_until(process, "tokens/s")
+    process.send_signal(signal.SIGINT)
+    output = finish(process)
+    assert process.returncode == -signal.SIGINT and "goes on after the last finished shard" in output
+    assert "Traceback" not in output and not list((tmp_path / "out").glob("*.tmp"))

@@ -101,6 +101,28 @@ def test_a_broken_line_is_named(tmp_path):
         list(hellaswag.iterate_examples(path=tmp_path / "none.jsonl"))
 
 
+def test_labels_may_be_text_as_in_the_hubs_own_data_set_and_blank_lines_are_none(tmp_path):
+    items, path = make_items(4), tmp_path / "items.jsonl"
+    lines = [json.dumps({**item, "label": str(item["label"])}) for item in items]
+    path.write_text("\n".join(lines[:2] + [""] + lines[2:]) + "\n\n  \n")
+    assert list(hellaswag.iterate_examples(path=path)) == items
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"label": ""}, "test split"), ({"label": "4"}, "label 4"), ({"label": 2.5}, "2.5"), ({"label": True}, "True"),
+        ({"label": None}, "None"), ({"endings": ["a"] * 3}, "3 endings"), ({"ctx": 5}, "no text"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_wrong_is_said_with_the_start_of_its_line(change, words, tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"id": "the line", **make_items(1)[0], **change, "more": "x" * 10_000}))
+    with pytest.raises(UserError, match=words) as error:
+        list(hellaswag.iterate_examples(path=path))
+    assert '{"id": "the line"' in str(error.value) and len(str(error.value)) < 600
+
+
 def test_the_padding_ids_of_the_vocabulary_do_not_count():
     model, items = small_model(), make_items(5)
     batches, cpu = hellaswag.make_batches(items), torch.device("cpu")

@@ -1,6 +1,7 @@
 """fineweb.py as a user runs it, against a stand-in hub that misbehaves."""
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from fake_hub import COMMIT, DATASET, serving
 from support import PROBES, ROOT, run
 
 from lib.console import UserError
-from lib.data.hub import choose_files, with_retries
+from lib.data.hub import choose_shards, with_retries
 from lib.data.manifest import read_manifest
 from lib.data.stream import find_shards
 
@@ -232,7 +233,7 @@ def test_refusals_leave_nothing_behind(build, hub, tmp_path):
     for flags, words in {
         ("--text_column", "body"): ["no \"body\" column", "'id', 'text'"],
         ("--text_column", "id"): ["int64"],
-        ("--name", "sample-10BT"): ["--name sample-10BT", "folders with .parquet files: data"],
+        ("--name", "sample-10BT"): ["--name sample-10BT", "folders with files of text: data"],
         ("--split", "validation"): ["--split validation"],
         ("--revision", "nowhere"): ["--revision"],
     }.items():  # fmt: skip
@@ -311,15 +312,129 @@ def test_memory_does_not_grow_with_the_file(tmp_path, row_group_size):
     assert int(rows) == 25_000 and int(peak) < 20e6, peak
 
 
-def test_files_are_chosen_by_name_and_split():
-    fineweb = ["sample/10BT/000_00000.parquet", "sample/100BT/000_00000.parquet", "data/CC-MAIN-2024-10/0.parquet"]
-    assert choose_files(fineweb, "sample-10BT") == fineweb[:1]
-    assert choose_files(fineweb, "CC-MAIN-2024-10") == fineweb[2:]
-    converted = ["en/train/0000.parquet", "en/test/0000.parquet", "de/train/0000.parquet"]
-    assert choose_files(converted, "en") == converted[:1] and choose_files(converted, "en", "test") == converted[1:2]
-    assert choose_files(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin"]) == [
+def card(**configs):
+    """A README.md that says which files make up each split of each configuration."""
+    lines = ["---", "configs:"]
+    for name, splits in configs.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split, pattern in splits.items():
+            lines += [f"  - split: {split}", f"    path: {pattern}"]
+    return "\n".join([*lines, "---", "# Texts"]).encode()
+
+
+def zstd(content):
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+def content_for(path):
+    """What a file of this name holds: one document, its own path."""
+    lines = json.dumps({"text": path}).encode() + b"\n"
+    if path.endswith(".parquet"):
+        return parquet_of(text=[path])
+    if path.endswith(".txt"):
+        return path.encode()
+    return gzip.compress(lines) if path.endswith(".gz") else zstd(lines) if path.endswith(".zst") else lines
+
+
+WIKITEXT = [f"wikitext-{kind}/{split}-00000-of-00001.parquet"
+            for kind in ("103-raw-v1", "2-raw-v1") for split in ("test", "train", "validation")]  # fmt: skip
+EDU = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
+EDU += [f"data/CC-MAIN-2024-{week}/train-0000{i}-of-00002.parquet" for week in (10, 18) for i in range(2)]
+EDU_CARD = card(**{"default": {"train": "data/*/*"}, "sample-10BT": {"train": "sample/10BT/*"}})
+C4 = [f"en/c4-{split}.0000{i}-of-00002.json.gz" for split in ("train", "validation") for i in range(2)]
+C4 += ["realnewslike/c4-train.00000-of-00001.json.gz", "multilingual/c4-af.tfrecord-00000-of-00064.json.gz"]
+C4_CARD = card(en={"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*.json.gz"},
+               realnewslike={"train": "realnewslike/c4-train.*.json.gz"})  # fmt: skip
+PILE = ["train/00.jsonl.zst", "train/01.jsonl.zst", "val.jsonl.zst", "test.jsonl.zst"]
+SMOL = [f"{name}/train-00000-of-00002.parquet" for name in ("cosmopedia-v2", "fineweb-edu-dedup", "python-edu")]
+SMOL_CARD = card(**{x: {"train": f"{x}/train-*"} for x in ("cosmopedia-v2", "python-edu")})
+WIKI = [f"20231101.{language}/train-0000{i}-of-00002.parquet" for language in ("de", "en") for i in range(2)]
+WIKI_CARD = card(**{f"20231101.{x}": {"train": f"20231101.{x}/*"} for x in ("de", "en")})
+WIKITEXT_CARD = card(**{f"wikitext-{x}-raw-v1": {split: f"wikitext-{x}-raw-v1/{split}-*" for split in ("train", "test")}
+                        for x in (103, 2)})  # fmt: skip
+GSM = [f"{name}/{split}-00000-of-00001.parquet" for name in ("main", "socratic") for split in ("test", "train")]
+GSM_CARD = card(main={"train": "main/train-*", "test": "main/test-*"}, socratic={"train": "socratic/train-*"})
+ALIKE = ["training-00000.parquet", "evaluation-00000.parquet"]
+OPEN = [f"plain_text/train-0000{i}-of-00002.parquet" for i in range(2)]
+NUMBERED = ["train1.parquet", "test1.parquet"]
+
+# files, the card or None, flags, and the files that are chosen, or words of the refusal
+LAYOUTS = {
+    "FineWeb-Edu, a sample": (EDU, EDU_CARD, ["--name", "sample-10BT"], EDU[:3]),
+    "FineWeb-Edu, whole": (EDU, EDU_CARD, [], EDU[3:]),
+    "wikitext": (WIKITEXT, WIKITEXT_CARD, ["--name", "wikitext-2-raw-v1"], WIKITEXT[4:5]),
+    "wikitext, test": (WIKITEXT, WIKITEXT_CARD, ["--name", "wikitext-2-raw-v1", "--split", "test"], WIKITEXT[3:4]),
+    "wikitext, no name": (WIKITEXT, WIKITEXT_CARD, [], "wikitext-103-raw-v1', 'wikitext-2-raw-v1"),
+    "wikitext, no split": (WIKITEXT, WIKITEXT_CARD, ["--name", "wikitext-2-raw-v1", "--split", "x"], "train, test"),
+    "wikipedia": (WIKI, WIKI_CARD, ["--name", "20231101.en"], WIKI[2:]),
+    "wikipedia, no name": (WIKI, WIKI_CARD, [], "20231101.de', '20231101.en"),
+    "c4": (C4, C4_CARD, ["--name", "en"], C4[:2]),
+    "the Pile": (PILE, None, [], PILE[:2]),
+    "the Pile, test": (PILE, None, ["--split", "test"], "choose one of train"),
+    "TinyStories": (["data/train-00000-of-00001-a.parquet", "data/validation-00000-of-00001-b.parquet"], b"", [],
+                    ["data/train-00000-of-00001-a.parquet"]),  # fmt: skip
+    "openwebtext": (OPEN, None, [], OPEN),
+    "smollm-corpus": (SMOL, SMOL_CARD, ["--name", "cosmopedia-v2"], SMOL[:1]),
+    "smollm-corpus, no name": (SMOL, SMOL_CARD, [], "cosmopedia-v2', 'python-edu"),
+    "gsm8k": (GSM, GSM_CARD, ["--name", "main"], GSM[1:2]),
+    "gsm8k, no name": (GSM, GSM_CARD, [], "main', 'socratic"),
+    "a folder as name": (["c/train-0.parquet", "python/train-0.parquet"], None, ["--name", "python"],
+                         ["python/train-0.parquet"]),  # fmt: skip
+    "lines in .json": (["data/train.json", "data/test.json"], None, [], ["data/train.json"]),
+    "plain text": (["train.txt", "test.txt"], None, [], ["train.txt"]),
+    "names that are alike": (ALIKE, None, ["--split", "test"], ALIKE[1:2]),
+    "training and evaluation": (ALIKE, None, [], ALIKE[:1]),
+    "train1 and test1": (NUMBERED, None, [], NUMBERED[:1]),
+    "no such split": (["train.parquet"], None, ["--split", "validation"], "choose one of train"),
+    "csv": (["train.csv"], None, [], "train.csv, which cannot be read here: it takes .parquet"),
+    "nothing": (["model.safetensors"], None, [], "folders with files of text: none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_datasets_chooses_the_files(layout, build, hub, tmp_path):
+    paths, readme, flags, expected = LAYOUTS[layout]
+    hub.files = {path: content_for(path) for path in paths} | ({} if readme is None else {"README.md": readme})
+    result = build(*flags, shard_size=3, workers=1)
+    fetched = [path for path in paths if hub.requests["GET", path]]
+    if isinstance(expected, str):
+        assert_refused(result, expected)
+        assert not fetched and not (tmp_path / "out").exists()
+        return
+    assert result.returncode == 0, result.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [file["file"] for file in manifest["files"]] == expected and sorted(fetched) == sorted(expected)
+    assert manifest["documents"] == len(expected) and manifest["skipped_empty"] == 0
+    size = sum(len(hub.files[path]) for path in expected)
+    split = flags[flags.index("--split") + 1] if "--split" in flags else "train"
+    assert f", split {split}, {len(expected)} files, {size:,} bytes" in result.stdout
+    assert "card" not in result.stdout and "Warning" not in result.stdout
+
+
+def test_a_copy_in_the_cache_is_no_answer(build, hub, environment, tmp_path):
+    """Where `datasets` cannot list the files, it takes what it has loaded before, of any commit."""
+    copy = tmp_path / "hf" / "datasets" / "someone___texts" / "default" / "0.0.0" / "abc"
+    copy.mkdir(parents=True)
+    (copy / "dataset_info.json").write_text(json.dumps({"config_name": "default", "dataset_name": "texts"}))
+    hub.always["README.md"] = "500"
+    assert_refused(build(), DATASET, "only an old copy", "start again")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_build_that_goes_on_keeps_the_files_that_it_began_with(build, hub, tmp_path):
+    hub.always[SECOND] = "500"
+    assert_refused(build(), SECOND)
+    hub.always = {"tree": "500", "README.md": "500", "info": "500"}  # what the manifest says is enough
+    assert build().returncode == 0
+    assert [file["file"] for file in read_manifest(tmp_path / "out")["files"]] == list(TABLES)
+
+
+def test_token_shards_come_in_the_order_of_their_numbers():
+    assert choose_shards(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin", "._b_val.bin"]) == [
         "b_val_000000.bin", "b_train_000001.bin", "a_train_000002.bin",
     ]  # fmt: skip
+    tables = ["sample/10BT/000_00000.parquet", "b_train_000001.bin"]
+    assert not choose_shards(tables)
 
 
 def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_those_that_it_does(build, hub, tmp_path):

@@ -1,4 +1,6 @@
 import os
+import re
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import write_shards
+from support import command_of, environment, flags_of, read_log, run, run_warm, write_shards
 
 from lib.console import UserError
 from lib.data.stream import ShardFolder, TokenFile, shuffle
@@ -151,6 +153,54 @@ def test_damaged_bin_shards_are_refused(tmp_path, kwargs):
     path.write_bytes(b"short")
     with pytest.raises(UserError, match=str(path)):
         DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path)
+
+
+def test_shards_as_llm_c_names_them_are_read_as_they_are(tmp_path):
+    stream = write_shards(tmp_path / "npy", [100, 700])
+    (tmp_path / "bin").mkdir()
+    write_bin(tmp_path / "bin" / "TinyStories_train.bin", stream)
+    write_bin(tmp_path / "bin" / "TinyStories_val.bin", np.load(tmp_path / "npy" / "tiny_val_000000.npy"))
+    (tmp_path / "bin" / "train.bin").write_bytes(b"of nanoGPT, which has no header")
+    assert read_rows(tmp_path / "bin", 2, 10, 1, 60) == read_rows(tmp_path / "npy", 2, 10, 1, 60)
+    assert set(ShardFolder(tmp_path / "bin").facts) == {"TinyStories_train.bin", "TinyStories_val.bin"}
+
+
+def test_hidden_files_beside_shards_are_left_out_and_counted(tmp_path, capsys):
+    write_shards(tmp_path, [100, 700])
+    before = ShardFolder(tmp_path).facts
+    assert "hidden" not in capsys.readouterr().out
+    for name in ("._tiny_train_000001.npy", "._tiny_val_000000.npy", ".tiny_train_000002.npy"):
+        (tmp_path / name).write_bytes(b"of macOS")
+    assert ShardFolder(tmp_path).facts == before and "3 hidden files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path, words", [("file", "Not a directory"), ("x" * 300, "too long"), ("no", "npy or .bin")])
+def test_a_data_dir_that_the_system_refuses_is_said_in_its_words(path, words, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=words):
+        DataLoaderLite(1, 10, 0, 1, "train", data_root=tmp_path / path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of the operating system")
+def test_hundreds_of_shards_need_few_open_files(tiny, tmp_path):
+    write_shards(tmp_path / "data", [1500] + [40] * 400)
+    config = tiny(max_steps=30, sequence_length=16)
+    limited = ["sh", "-c", 'ulimit -n 200 && exec "$@"', "sh", *command_of("train_gpt2.py", *flags_of(config))]
+    result = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=150)
+    assert result.returncode == 0 and "30 val" in read_log(config.log_dir), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("kilobytes", [4, 24, 80])
+def test_what_is_said_of_too_little_text_leads_to_a_run(tiny, tmp_path, kilobytes):
+    (tmp_path / "own.txt").write_text("some words of one's own\n" * (1000 * kilobytes // 24))
+    assert run("fineweb.py", "--source", tmp_path / "own.txt", "--out", tmp_path / "own").returncode == 0
+    config = tiny(data_dir=str(tmp_path / "own"), sequence_length=1024, total_batch_size=524288, micro_batch_size=64,
+                  vocab_size=50257, n_embd=8, max_steps=1)  # fmt: skip
+    result = run_warm("train_gpt2.py", *flags_of(config))
+    assert result.returncode == 2 and "too few" in result.stdout, result.stdout
+    flags = re.search(r"train with ((?:--\w+ \d+ )+)", result.stdout)[1].split()
+    result = run_warm("train_gpt2.py", *flags_of(config), *flags)
+    assert result.returncode == 0, result.stdout
 
 
 ORDER_OF_20 = [3, 17, 19, 16, 15, 1, 13, 10, 2, 18, 0, 11, 14, 9, 7, 5, 6, 12, 8, 4]

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import PROBES, losses, run, run_warm
+from fake_hub import serving
+from support import PROBES, losses, run, run_warm, write_items
 
 from lib.console import UserError
 from lib.model.cpu_loss import ChunkedCrossEntropy
@@ -212,6 +213,27 @@ def test_from_pretrained_through_the_hub_cache(tmp_path):
     result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env, cwd=tmp_path)
     assert result.returncode == 0 and "the one in this folder is written ./gpt2" in result.stdout, result.stdout
     assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
+
+
+def test_from_pretrained_through_the_hub(tmp_path):
+    """Config and weights are fetched with the client that is there anyway, and a broken answer is one line."""
+    theirs, _ = stand_in_for_gpt2(tmp_path / "theirs")
+    folder = next((tmp_path / "theirs").rglob("config.json")).parent
+    idx = torch.randint(50257, (2, 30))
+    torch.save(idx, tmp_path / "idx.pt")
+    with serving({}) as hub:
+        hub.models["gpt2"] = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env)
+        assert result.returncode == 0, result.stdout
+        assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
+        hub.models["gpt2"].pop("model.safetensors")
+        env["HF_HOME"] = str(tmp_path / "other")
+        write_items(tmp_path / "items.jsonl", 1)
+        result = run(
+            "hellaswag.py", "-m", "gpt2", "-d", "cpu", "--limit", 1, "--data", tmp_path / "items.jsonl", env=env
+        )
+        assert result.returncode == 2 and "cannot fetch gpt2 from the Hugging Face hub" in result.stdout, result.stdout
 
 
 def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):

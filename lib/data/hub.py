@@ -7,7 +7,6 @@ The next file downloads while the caller works on one: the disk holds two of the
 import errno
 import hashlib
 import os
-import re
 import shutil
 import sys
 import threading
@@ -16,11 +15,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from lib.console import UserError, say
+from lib.data.readers import FORMATS, format_of
 from lib.data.shards import split_of
 from lib.files import hash_file
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRIES = 5
 RETRY_DELAY = float(os.environ.get("HUB_RETRY_DELAY", 2))  # seconds before the second try; doubles with each one
@@ -31,6 +29,8 @@ def with_retries(what, attempt):
     for tries in range(1, TRIES + 1):
         try:
             return attempt()
+        except UserError:
+            raise
         except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
             status = getattr(getattr(error, "response", None), "status_code", None) or 0
             reason = " ".join(str(error).split()) or repr(error)
@@ -52,25 +52,53 @@ def with_retries(what, attempt):
             time.sleep(RETRY_DELAY * 2 ** (tries - 1))
 
 
-def choose_files(paths, name=None, split="train"):
-    """Those of a data set's files that make up the split of the configuration `name`, in order.
+def choose_shards(paths, name=None):
+    """Those of a data set's files that are token shards, below a folder called `name` if one is asked for, in order;
+    none where there are tables of text, too."""
+    paths = [path for path in paths if not name or f"/{name}/" in f"/{path}"]
+    shards = [path for path in paths if path.endswith(".bin") and split_of(Path(path).name)]
+    return [] if any(path.endswith(".parquet") for path in paths) else sorted(shards, key=lambda p: (p[-10:], p))
 
-    They are the .parquet files below a folder called `name`, or with its first "-" as a "/", as FineWeb has it:
-    sample-10BT is sample/10BT/. Where their paths name splits (train-00000-of-00002.parquet, train/0000.parquet), only
-    those with the word `split`; where none does, all are "train". Without .parquet files: the .bin token shards there.
+
+def resolve(dataset, commit, name, split, paths):
+    """What `datasets` takes a configuration and a split of a data set to be: (their names in words, their files).
+
+    `name` is a configuration, or else a folder. Downloads no data. Raises UserError, with the choices, for a refusal.
     """
-    if name:
-        paths = [path for path in paths if f"/{name}/" in f"/{path}" or f"/{name.replace('-', '/', 1)}/" in f"/{path}"]
-    tables = sorted(path for path in paths if path.endswith(".parquet"))
-    if not tables:
-        return sorted((p for p in paths if p.endswith(".bin") and split_of(Path(p).name)), key=lambda p: (p[-10:], p))
+    import datasets
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
-    def names(path, words):
-        return re.search(rf"(?<![A-Za-z0-9])({words})(?![A-Za-z0-9])", path)
+    logging.set_verbosity_error()  # there is a warning for a data set without a card
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
-    if split != "train" or any(names(path, "train|test|validation|valid|val|dev") for path in tables):
-        tables = [path for path in tables if names(path, re.escape(split))]
-    return tables
+    def load(**which):
+        try:
+            builder = datasets.load_dataset_builder(dataset, revision=commit, **which)
+        except LocalEntryNotFoundError:  # the network, though it is a FileNotFoundError
+            raise
+        except (FileNotFoundError, ValueError, RuntimeError) as error:
+            if getattr(error, "response", None) is not None:
+                raise
+            if "data_dir" not in which and any(path.startswith(f"{name}/") for path in paths):
+                return load(data_dir=name)
+            reason = " ".join(str(error).split("Example of usage")[0].split())
+            folders = sorted({str(Path(path).parent) for path in paths if format_of(path)})
+            raise UserError(
+                f"{dataset} at {commit} has no files for --name {name} --split {split}: {reason} Give one of its "
+                f"configurations or folders as --name; folders with files of text: {', '.join(folders[:20]) or 'none'}"
+            ) from None
+        if builder.config.data_files is None:
+            raise OSError("its files could not be listed, only an old copy in the cache was found.")
+        what = f"folder {name}" if "data_dir" in which else f"configuration {builder.config.name}"
+        return what, builder.config.data_files
+
+    what, splits = with_retries(dataset, lambda: load(name=name))
+    if split not in splits:
+        raise UserError(f"{dataset}, {what}, has no --split {split}: choose one of {', '.join(map(str, splits))}")
+    begin = f"hf://datasets/{dataset}@{commit}/"
+    return what, [url.removeprefix(begin) for url in map(str, splits[split])]
 
 
 def list_files(dataset, revision=None, name=None, split="train"):
@@ -82,15 +110,21 @@ def list_files(dataset, revision=None, name=None, split="train"):
     where = {"repo_id": dataset, "repo_type": "dataset", "revision": commit}
     tree = with_retries(dataset, lambda: list(api.list_repo_tree(**where, recursive=True)))
     files = {item.path: item for item in tree if isinstance(item, RepoFile)}
-    chosen = [files[path] for path in choose_files(files, name, split)]
+    what, chosen = "token shards", choose_shards(files, name)
     if not chosen:
-        folders = sorted({str(Path(path).parent) for path in files if path.endswith(".parquet")})
-        raise UserError(
-            f"{dataset} at {commit} has no .parquet files for --name {name} --split {split}, nor .bin token shards; "
-            f"its folders with .parquet files: {', '.join(folders[:20]) or 'none'}"
-        )
+        what, chosen = resolve(dataset, commit, name, split, files)
+        what += f", split {split}"
+        for path in chosen:
+            if path not in files or not format_of(path):
+                raise UserError(
+                    f"{dataset}, {what}, holds {path}, which cannot be read here: it takes {FORMATS}. Choose another "
+                    "--name, or fetch it with hf download, convert it, and give the folder as --source"
+                )
+    size = sum(files[path].size for path in chosen)
+    say(f"{dataset} at {commit}: {what}, {len(chosen):,} files, {size:,} bytes")
     # large files have a sha256; small ones only git's own hash, which check() knows by its length
-    return commit, [{"file": f.path, "size": f.size, "hash": f.lfs.sha256 if f.lfs else f.blob_id} for f in chosen]
+    files = [files[path] for path in chosen]
+    return commit, [{"file": f.path, "size": f.size, "hash": f.lfs.sha256 if f.lfs else f.blob_id} for f in files]
 
 
 def check(path, file):

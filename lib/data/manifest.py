@@ -4,7 +4,6 @@ The manifest of a folder of shards, and the folder while fineweb.py builds it.
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,15 +13,16 @@ from pathlib import Path
 
 from lib.console import UserError, say
 from lib.data.shards import SHARD_NAME, open_shard, split_of
-from lib.files import ROOT, atomic_write, hash_file
+from lib.files import ROOT, atomic_write, hash_file, list_folder
 
 DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone, since it is deleted whole
 # Tokens per byte of a file of English, a little above the truth (FineWeb-Edu: 0.35 as .parquet, 0.21 as .jsonl)
-TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".txt": 0.25, ".gz": 0.6, ".zst": 0.7, ".bin": 0.5}
+TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".json": 0.25, ".txt": 0.25, ".gz": 0.6, ".zst": 0.7, ".bin": 0.5}
 # What a manifest holds; an unfinished one also says how to go on. fineweb.py writes more, which nobody relies on
 MANIFEST = {"complete": bool, "shards": list}
 UNFINISHED = {"tokens": int, "documents": int, "skipped_empty": int, "shard_size": int, "files": list, "progress": dict}
 SHARD = {"file": str, "tokens": int, "sha256": str}
+HUB_FILE = {"file": str, "size": int, "hash": str}  # what is still to be fetched
 PROGRESS = {"file": int, "row": int, "skip": int}
 
 
@@ -37,10 +37,14 @@ def read_manifest(folder):
     """The manifest of a folder of shards, or None where it has none (shards made by other tools). Raises UserError
     for one that is not as fineweb.py writes it."""
     path = Path(folder) / "manifest.json"
-    if not path.exists():
-        return None
     try:
-        manifest = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # no permission, a name that is too long
+        raise UserError(f"cannot read {path}: {error.strerror}. Fix that, or choose another folder") from None
+    try:
+        manifest = json.loads(content)
         check_fields(manifest, MANIFEST)
         for shard in manifest["shards"]:
             check_fields(shard, SHARD)
@@ -48,8 +52,8 @@ def read_manifest(folder):
             check_fields(manifest, UNFINISHED)
             check_fields(manifest["progress"], PROGRESS)
             for file in manifest["files"]:
-                check_fields(file, {"file": str})
-    except (OSError, ValueError, RecursionError) as error:
+                check_fields(file, HUB_FILE if "asked_revision" in manifest else {"file": str})
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is unfinished or damaged: {error}. If fineweb.py made the folder, delete it and build it again; "
             "if the file is another program's, choose another folder for the shards"
@@ -88,13 +92,16 @@ def find_manifest(out, wanted, verify=False):
 
 
 def write_manifest(out, manifest, **progress):
+    """Write the manifest, with the progress of a build that goes on; returns its size in bytes."""
+    content = json.dumps({**manifest, **progress}, indent=1).encode() + b"\n"
     with atomic_write(out / "manifest.json") as file:
-        file.write(json.dumps({**manifest, **progress}, indent=1).encode() + b"\n")
+        file.write(content)
+    return len(content)
 
 
 def estimate_tokens(files):
     """About how many tokens the files will give: for the size of a shard, the disk needed and the time left."""
-    return int(sum(f.get("tokens") or f["size"] * TOKENS_PER_BYTE[Path(f["file"]).suffix] for f in files))
+    return int(sum(f.get("tokens") or f["size"] * TOKENS_PER_BYTE[Path(f["file"]).suffix.lower()] for f in files))
 
 
 def check_disk(out, manifest, estimate, keep):
@@ -124,10 +131,9 @@ def removed_if_empty(out):
                 shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
                 with contextlib.suppress(OSError):  # the user's own files
                     out.rmdir()
-                    break
+                time.sleep(0.1)
                 if not (out / DOWNLOADS).exists():
                     break
-                time.sleep(0.1)
         raise
 
 
@@ -135,7 +141,7 @@ def build_missing(source, data_dir):
     """Have fineweb.py make the shards of a folder that is missing or unfinished."""
     manifest = read_manifest(data_dir)
     # fineweb.py writes the manifest before the first shard: shards without one are another program's, and whole
-    foreign = os.listdir(data_dir) if not manifest and os.path.isdir(data_dir) else []
+    foreign = [] if manifest else [path.name for path in list_folder(data_dir)]
     if not any(map(split_of, foreign)) and not (manifest and manifest["complete"]):
         if any(name != "lock" and not name.startswith(".") and not name.endswith(".tmp") for name in foreign):
             raise UserError(f"{data_dir}/ holds other files and no shards: make those with python fineweb.py")

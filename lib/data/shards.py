@@ -10,7 +10,15 @@ import numpy as np
 from lib.console import UserError
 
 SPLITS = ("train", "val")
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<index>\d{6})\.(npy|bin)")
+# llm.c gives small data sets one .bin a split, without a number; ._NAME is what macOS adds to an archive
+SHARD_NAME = re.compile(r"(?P<name>[^.].*)_(?P<split>train|val)(_\d{6}\.(npy|bin)|\.bin)")
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
+
+def name_shard(source, index):
+    """The name of a shard made from a source, without its suffix. The first one is the validation split."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-") or "text"
+    return f"{'edufineweb' if source == FINEWEB_EDU else name}_{'train' if index else 'val'}_{index:06d}"
 
 
 def split_of(name):
@@ -19,8 +27,13 @@ def split_of(name):
     return match and match["split"]
 
 
+def hidden_shards(names):
+    """How many of the names would be those of shards without the dots in front."""
+    return sum(name.startswith(".") and split_of(name.lstrip("._")) is not None for name in names)
+
+
 def check_shard_set(paths):
-    """Raise UserError unless these token shards can lie in one folder and have both splits."""
+    """Raise UserError unless these token shards (.bin) can lie in one folder and have both splits."""
     for split in SPLITS:
         if not any(split_of(Path(path).name) == split for path in paths):
             raise UserError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")

@@ -1,150 +1,162 @@
 """
 What fineweb.py reads: the demo corpus, local files of text, and data sets of the Hugging Face hub.
 
-A source is a list of files in a fixed order. Each gives its documents as str from a row on, None where a row has none,
-so that a build that was interrupted goes on where it was.
+A source is a list of files in a fixed order.
 """
 
-import ast
-import contextlib
-import gzip
 import hashlib
-import importlib.util
-import io
-import itertools
-import json
-import random
+import os
 import re
+import stat
 import sys
-import sysconfig
-import zlib
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
 
-from lib.console import UserError
+from lib.console import UserError, say
 from lib.data import hub
+from lib.data.readers import FORMATS, LFS_POINTER, format_of
+from lib.data.shards import FINEWEB_EDU
 from lib.files import sample_hash
 
-TEXT_SUFFIXES = (".parquet", *(text + zipped for text in (".jsonl", ".txt") for zipped in ("", ".gz", ".zst")))
+FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
 
 
-def demo_documents():
-    """The manual pages and docstrings that are installed with Python and NumPy, shuffled with a fixed seed."""
-    from pydoc_data.topics import topics
+def hidden(name):
+    """Of an editor, a system or a trash, as .ipynb_checkpoints, ._x and __MACOSX are: never text for training."""
+    return name.startswith(".") or name == "__MACOSX"
 
-    texts = list(topics.values())
-    numpy_folder = importlib.util.find_spec("numpy").submodule_search_locations[0]
-    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(numpy_folder)):
-        for path in sorted(folder.rglob("*.py")):
-            if {"site-packages", "dist-packages", "test", "tests"} & set(path.relative_to(folder).parts):
+
+def walk(root):
+    """Yield (path, what os.stat says) of each file of text in a folder and below, and (path, the reason in words) of
+    what is left out, in no fixed order. Linked folders are followed, each folder once: links may lead in a circle."""
+    folders, links, seen = deque([root]), deque(), set()
+    while folders or links:  # what is linked comes last: a folder is found under its own name
+        folder = folders.popleft() if folders else links.popleft()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                yield folder, "linked twice"
                 continue
-            with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # Python ships a few files broken on purpose
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                        texts.append(ast.get_docstring(node) or "")
-    # one-liners teach little; a docstring inherited by copying must not stand in both splits
-    texts = list(dict.fromkeys(text for text in texts if len(text) >= 200))
-    random.Random(1337).shuffle(texts)
-    return texts
-
-
-def table_documents(path, column, row):
-    """One column of a .parquet from a row on. Row groups before it are not read; memory holds a batch at a time."""
-    import pyarrow.parquet
-
-    # pyarrow would read all row groups ahead, 2 GB of a file of FineWeb-Edu
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
-        names, groups = table.schema_arrow.names, table.num_row_groups
-        if column not in names:
-            raise UserError(f'{path} has no "{column}" column: choose --text_column from its columns, {names}')
-        kind = str(table.schema_arrow.field(column).type)
-        if kind not in ("string", "large_string", "string_view"):
-            raise UserError(f'column "{column}" of {path} holds {kind}, not text: choose --text_column from {names}')
-        first = 0
-        while first < groups and row >= (rows := table.metadata.row_group(first).num_rows):
-            first, row = first + 1, row - rows
-        for batch in table.iter_batches(256, row_groups=range(first, groups), columns=[column]):
-            yield from batch.column(0).to_pylist()[row:]
-            row = max(0, row - len(batch))
-
-
-def open_text(path):
-    """Open a file of text for reading bytes, decompressed where it ends in .gz or .zst."""
-    if path.suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
-def line_documents(path, column, row):
-    """One field of each line of a .jsonl from a line on; a blank line is an empty document."""
-    with open_text(path) as lines:
-        for number, line in enumerate(itertools.islice(lines, row, None), start=row + 1):
+            seen.add((status.st_dev, status.st_ino))
+            paths = [folder / name for name in os.listdir(folder)]
+        except PermissionError as error:
+            yield folder, error.strerror
+            continue
+        for path in paths:
+            if hidden(path.name):
+                yield path, "hidden"
+                continue
             try:
-                text = json.loads(line.decode("utf-8-sig"))[column] if line.strip() else None
-                if not isinstance(text, str | None):
-                    raise TypeError(text)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f'{path}, line {number} has no "{column}" string: {error!r:.200}; mend or delete it and '
-                    "build it in a new --out, or name another --text_column"
-                ) from None
-            yield text
+                status = path.stat()
+            except PermissionError as error:  # some folders can be listed and not entered
+                yield path, error.strerror
+                continue
+            except OSError:  # a link to nowhere
+                if format_of(path.name):
+                    raise
+                status = path.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                (links if path.is_symlink() else folders).append(path)
+            else:
+                is_text = format_of(path.name) and stat.S_ISREG(status.st_mode)
+                yield path, status if is_text else "of another kind"
 
 
-def documents_of(path, column="text", row=0):
-    """The documents of a .parquet, .jsonl or .txt (which is one) from a row on; without a path, those of the demo."""
+def find_files(root):
+    """The files of text at a path, in order, with their sizes. Says in one line what is taken and what is left out.
+
+    Raises UserError where there are none, and for one that cannot be read.
+    """
     try:
-        if path is None:
-            yield from demo_documents()[row:]
-            return
-        if path.name.endswith((".txt", ".txt.gz", ".txt.zst")):
-            with open_text(path) as file:
-                yield from [file.read().decode("utf-8-sig")][row:]
+        if root.is_dir():
+            found = list(walk(root))
         else:
-            yield from (table_documents if path.suffix == ".parquet" else line_documents)(path, column, row)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert it, for instance with iconv") from None
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:  # pyarrow's are among them
-        raise UserError(f"cannot read {path}: {error}") from None
+            found = [(root, root.stat() if format_of(root.name) else "of another kind")]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}. Fix that, or move it elsewhere") from None
+    left_out = [(path, reason) for path, reason in found if isinstance(reason, str)]
+    files = {path: status for path, status in found if not isinstance(status, str)}
+    taken, seen, is_json = {}, set(), {path: format_of(path.name) == "json" for path in files}
+    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
+        place = files[path].st_dev, files[path].st_ino
+        if path.is_symlink() and place in seen:
+            left_out.append((path, "linked twice"))
+        elif is_json[path] and not all(is_json.values()):  # more likely settings than text
+            left_out.append((path, "of another kind"))
+        else:
+            seen.add(place)
+            taken[path] = files[path].st_size
+    counts = Counter(reason for _, reason in left_out if reason in ("hidden", "of another kind", "linked twice"))
+    reasons = [f"{count:,} {reason}" for reason, count in counts.items()]
+    reasons += [f"{path} ({reason})" for path, reason in left_out if reason not in counts]
+    left_out = f"left out: {', '.join(reasons[:9]) or 'nothing'}{' and more' if len(reasons) > 9 else ''}"
+    if not taken:
+        raise UserError(f"{root} holds no file that ends in {FORMATS}; {left_out}")
+    say(f"{root}: {len(taken):,} files taken, {sum(taken.values()):,} bytes; {left_out}")
+    return dict(sorted(taken.items()))
 
 
-def find_source(source, name=None, split="train", text_column="text", revision=None):
+def refuse_pointers(files):
+    """Raise UserError where git-lfs has left a note of some lines in place of the file."""
+    for path, size in files.items():
+        if size < 1024:
+            with open(path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(
+                        f"{path} is only git-LFS's pointer to the text: run git lfs pull in its folder first"
+                    )
+
+
+def find_source(source, name=None, split="train", text_column="text", revision=None, split_on=None):
     """Return (what the manifest says of the source, a function that opens it), without a look at the network.
 
-    open(folder, commit, keep) returns (commit, files, paths); paths(first) gives (index, path) of the files from one
-    on. A data set is opened at the commit if there is one, and downloads into the folder, where `keep` leaves them.
+    open(folder, manifest, keep) returns (commit, files, paths); paths(first) gives (index, path) of the files from one
+    on. A data set whose manifest is there is opened as that says; it downloads into the folder, where `keep` leaves it.
     """
-    path = Path(source)
-    if (source == "demo" or path.exists()) and (name or revision):
+    path = Path(os.path.expanduser(source))
+    try:
+        exists = bool(source) and path.exists()
+    except (OSError, ValueError) as error:  # no permission, a name that is too long
+        raise UserError(f"cannot read {source:.300}: {error}") from None
+    if (source == "demo" or exists) and (name or revision):
         raise UserError(f"--name and --revision are for data sets on the hub, {source} is none: leave them out")
     if source == "demo":
         about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
         files = [{"file": "demo", "tokens": 1_000_000}]
-        return about, lambda folder, commit, keep: (None, files, lambda first: [(0, None)][first:])
-    if path.exists():
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        paths = [p for p in found if p.name.endswith(TEXT_SUFFIXES) and not p.is_dir()]
-        if not paths:
-            raise UserError(f"{source} holds no file that ends in {', '.join(TEXT_SUFFIXES)}")
+        return about, lambda folder, manifest, keep: (None, files, lambda first: [(0, None)][first:])
+    if exists:
+        sizes = find_files(path)
+        paths = list(sizes)
         samples = hashlib.sha256(repr([(p.name, sample_hash(p)) for p in paths]).encode()).hexdigest()
-        files = [{"file": p.name, "size": p.stat().st_size} for p in paths]
-        about = {"source": str(path.resolve()), "revision": samples, "text_column": text_column}
-        return about, lambda folder, commit, keep: (None, files, lambda first: list(enumerate(paths))[first:])
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(TEXT_SUFFIXES):
+        refuse_pointers(sizes)
+        files = [{"file": p.name, "size": size} for p, size in sizes.items()]
+        check_split_on(split_on, files)
+        about = {"source": str(path.resolve()), "revision": samples, "text_column": text_column, "split_on": split_on}
+        return about, lambda folder, manifest, keep: (None, files, lambda first: list(enumerate(paths))[first:])
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or format_of(source):
         raise UserError(
-            f"no file or folder {source}; a Hugging Face data set is written owner/name, like {hub.FINEWEB_EDU}"
+            f"no file or folder {source}; a Hugging Face data set is written owner/name, like {FINEWEB_EDU}"
         )
-    if source in (hub.FINEWEB_EDU, "HuggingFaceFW/fineweb"):
+    if source in (FINEWEB_EDU, "HuggingFaceFW/fineweb"):
         name = name or "sample-10BT"  # the whole is thousands of times as much
-    revision = revision or (hub.FINEWEB_EDU_REVISION if source == hub.FINEWEB_EDU else "main")
+    else:
+        say(f"there is no file or folder {source} here: it is taken as the name of a data set on the hub")
+    revision = revision or (FINEWEB_EDU_REVISION if source == FINEWEB_EDU else "main")
 
-    def open_source(folder, commit, keep):
-        commit, files = hub.list_files(source, commit or revision, name, split)
+    def open_source(folder, manifest, keep):
+        if manifest:
+            commit, files = manifest["revision"], manifest["files"]
+        else:
+            commit, files = hub.list_files(source, revision, name, split)
+            check_split_on(split_on, files)
         return commit, files, lambda first: hub.fetch_in_turn(source, commit, files, folder, first, keep)
 
-    return dict(source=source, name=name, split=split, asked_revision=revision, text_column=text_column), open_source
+    about = dict(source=source, name=name, split=split, asked_revision=revision, text_column=text_column)
+    return {**about, "split_on": split_on}, open_source
+
+
+def check_split_on(split_on, files):
+    if split_on and not any(format_of(file["file"]) == "txt" for file in files):
+        raise UserError(f"--split_on {split_on!r} is for .txt files, and there are none: leave it out")

@@ -12,17 +12,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.console import UserError
+from lib.console import UserError, print0
 from lib.data.manifest import build_missing, read_manifest
-from lib.data.shards import SPLITS, open_shard, split_of
+from lib.data.shards import SPLITS, hidden_shards, open_shard, split_of
 from lib.distributed import wait_for_all
-from lib.files import expand
+from lib.files import expand, list_folder
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 NPY_HEADER = 128  # bytes, as fineweb.py and numpy write it
 ROUNDS = 8  # of the shuffle
 
 
-@functools.lru_cache(maxsize=256)  # a process may have some 1,000 files open
+# A process may have 1,024 files open on Linux and 256 on a Mac: a quarter of them are ours
+OPEN_FILES = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)) if resource else 256
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
 def open_file(path):
     return open(path, "rb", buffering=0)
 
@@ -56,7 +65,7 @@ class TokenFile(NamedTuple):
             finally:
                 os.close(file)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}. Put it back, or build it again") from None
+            raise UserError(f"cannot read {path}: {error.strerror}. Restore it, or build it again") from None
         return cls(path, offset, length, hashlib.sha256(sample).hexdigest()[:16])
 
     def read(self, start, end):
@@ -66,9 +75,9 @@ class TokenFile(NamedTuple):
             file = open_file(self.path)
             tokens = np.frombuffer(read_at(file.fileno(), self.offset + 2 * start, 2 * (end - start)), "<u2")
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.path}: {error}. Put it back, and resume") from None
+            raise UserError(f"cannot read {self.path}: {error}. Restore it, and resume") from None
         if len(tokens) < end - start:
-            raise UserError(f"{self.path} has become shorter than {end} tokens: put it back as it was, and resume")
+            raise UserError(f"{self.path} has become shorter than {end} tokens: restore it, and resume")
         return tokens
 
 
@@ -82,14 +91,14 @@ def find_shards(data_root, splits=SPLITS, optional=()):
     """The names of the shards of each split in name order, and the sha256 of those that a manifest knows, by name.
     Raises UserError where a split has none that is not optional."""
     names = {split: [] for split in splits}
-    for name in sorted(os.listdir(data_root)) if os.path.isdir(data_root) else ():
+    for name in sorted(path.name for path in list_folder(data_root)):
         if (split := split_of(name)) in names:
             names[split].append(name)
     for split in splits:
         if not names[split] and split not in optional:
             raise UserError(
-                f"no *_{split}_*.npy shards in {data_root}/: run python fineweb.py --out {data_root} (FineWeb-Edu, 28 "
-                "GB to fetch, or your own text with --source), or try python train_gpt2.py --preset demo"
+                f"no *_{split}_*.npy or .bin shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB "
+                "of FineWeb-Edu, or your own text with --source), or try python train_gpt2.py --preset demo"
             )
     manifest = read_manifest(data_root)
     if manifest and not manifest["complete"]:
@@ -112,6 +121,8 @@ class ShardFolder:
         root = expand(root)
         open_file.cache_clear()  # of a run before in this process, whose shards another has replaced
         self.root, (names, hashes) = root, find_shards(root, splits, optional)
+        if hidden := hidden_shards(os.listdir(root)):
+            print0(f"{root}/: {hidden:,} hidden files left out, though named like shards")
         pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # of thousands fewer, to start in a second
         self.shards = {split: [TokenFile.open(f"{root}/{name}", pieces) for name in names[split]] for split in splits}
         self.facts = {

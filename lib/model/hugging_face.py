@@ -3,6 +3,7 @@ GPT-2 in Hugging Face's layout: the names and shapes of its config and weights, 
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,14 @@ FIXED = {  # what our code computes; these are also the defaults of a config.jso
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # their default of 0.1 is on in training
 
 
@@ -60,7 +69,7 @@ def differences(config):
 
 
 def to_ours(config, weights):
-    """Their config and weights (dicts) as lib.restore.rebuild takes them. Raises UserError for another model."""
+    """Their config and weights (dicts) as lib.model.load.rebuild takes them. Raises UserError for another model."""
     other = differences(config)
     if missing := [name for name in CONFIG.values() if name not in config]:
         other += [f"no {', '.join(missing)}"]
@@ -75,35 +84,60 @@ def to_ours(config, weights):
     return {"config": {our: config[their] for our, their in CONFIG.items()}, "model": ours}
 
 
+def read_safetensors(path):
+    """The tensors of a .safetensors by name: 8 bytes for the length of a JSON header, the header, then the numbers
+    (https://github.com/huggingface/safetensors). Raises ValueError or KeyError for what is none."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size - 8 - length
+        if size < 0:
+            raise ValueError(f"{path} is shorter than its header says")
+        header = json.loads(file.read(length))
+        data = bytearray(size)
+        if file.readinto(data) != size:
+            raise ValueError(f"{path} became shorter while it was read")
+    tensors = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, end) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
+        if not 0 <= start <= end <= size or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path} has no room for {name} of shape {shape} at bytes {start} to {end}")
+        tensor = (
+            torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start)
+            if end > start
+            else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = tensor.reshape(shape)
+    return tensors
+
+
 def read_folder(folder):
-    """A folder with config.json and model.safetensors, as lib.restore.rebuild takes it, or UserError."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"to read {folder}/ takes pip install safetensors") from None
+    """A folder with config.json and model.safetensors, as lib.model.load.rebuild takes it, or UserError."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return to_ours(config, load_file(Path(folder) / "model.safetensors"))
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return to_ours(config, read_safetensors(Path(folder) / "model.safetensors"))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: {error}") from None
 
 
 def fetch(name):
-    """OpenAI's model of that name as lib.model.load.rebuild takes it, from the hub or the cache of its client. Raises
-    UserError where it cannot be fetched."""
+    """OpenAI's weights of that name, as read_folder gives them, from the hub, or from its client's cache."""
+    from huggingface_hub import hf_hub_download
+
     if os.path.exists(name):
         say(f"{name} means OpenAI's weights here: the one in this folder is written ./{name}", sys.stderr)
     try:
-        from huggingface_hub import hf_hub_download
-
-        files = [hf_hub_download(name, file) for file in ("config.json", "model.safetensors")]
-    except (ImportError, OSError) as error:
+        config, _ = (hf_hub_download(name, file) for file in ("config.json", "model.safetensors"))
+    except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
+        reason = " ".join(str(error).split()) or repr(error)
         raise UserError(
-            f"cannot fetch OpenAI's {name}, which takes pip install huggingface_hub safetensors and a network: {error} "
-            f"For a folder of that name, write ./{name}"
+            f"cannot fetch {name} from the Hugging Face hub, check the network: {reason} A folder of that name is written "
+            f"./{name}"
         ) from None
-    return read_folder(Path(files[0]).parent)
+    return read_folder(Path(config).parent)
 
 
 def split(token, ranks):

@@ -2,9 +2,11 @@
 
 import sys
 
-import torch
+sys.modules |= {"transformers": None, "safetensors": None}  # as where they are not installed
 
-from train_gpt2 import GPT
+import torch  # noqa: E402
+
+from train_gpt2 import GPT  # noqa: E402
 
 idx, out = sys.argv[1:]
 torch.save(GPT.from_pretrained("gpt2").eval()(torch.load(idx))[0], out)

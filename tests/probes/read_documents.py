@@ -5,6 +5,6 @@ from pathlib import Path
 
 import pyarrow
 
-from lib.data.sources import documents_of
+from lib.data.readers import documents_of
 
 print(sum(1 for _ in documents_of(Path(sys.argv[1]))), pyarrow.default_memory_pool().max_memory())

@@ -1,0 +1,30 @@
+"""
+The demo corpus: text that is on every machine which can run this.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import random
+import sysconfig
+from pathlib import Path
+
+
+def demo_documents():
+    """The manual pages and docstrings that are installed with Python and NumPy, shuffled with a fixed seed."""
+    from pydoc_data.topics import topics
+
+    texts = list(topics.values())
+    numpy_folder = importlib.util.find_spec("numpy").submodule_search_locations[0]
+    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(numpy_folder)):
+        for path in sorted(folder.rglob("*.py")):
+            if {"site-packages", "dist-packages", "test", "tests"} & set(path.relative_to(folder).parts):
+                continue
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # Python ships a few files broken on purpose
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                        texts.append(ast.get_docstring(node) or "")
+    # one-liners teach little; a docstring inherited by copying must not stand in both splits
+    texts = list(dict.fromkeys(text for text in texts if len(text) >= 200))
+    random.Random(1337).shuffle(texts)
+    return texts
