@@ -1,5 +1,8 @@
 """Micro-batches that do not fit in memory."""
 
+import re
+import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -96,3 +99,42 @@ def test_activation_checkpointing_keeps_less_and_changes_no_gradient():
         model.zero_grad()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert kept[1] < 0.5 * kept[0], kept
+
+
+def test_on_a_cpu_a_size_is_compared_with_the_free_memory_and_said_before_it_is_tried(tiny, monkeypatch, capsys):
+    model = GPT(GPTConfig(32, 512, 2, 2, 32))
+    room = (memory.cpu_bytes(model, 2 * 32, False, True) + memory.cpu_bytes(model, 4 * 32, False, True)) / 2
+    monkeypatch.setattr(memory, "free_memory", lambda: room)
+    main(tiny(max_steps=1, micro_batch_size=16))
+    out = capsys.readouterr().out
+    assert "micro-batches of 2 x 32, 8 a rank, since 16 do not fit in memory" in out
+    said = re.findall(r"micro-batches of (\d+) x 32 take about [\d.]+ GB", out)
+    assert said == ["16", "8", "4", "2"] and out.index("take about") < out.index("steps of 512 tokens")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_cpu_needs_is_known_beforehand():
+    result = run(PROBES / "cpu_memory.py")
+    assert result.returncode == 0, result.stdout
+    grew, expected = map(float, result.stdout.split())
+    assert 0.7 * grew < expected < 1.5 * grew
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_all_control_groups_count(version, tmp_path, monkeypatch):
+    root = tmp_path / ("sys/fs/cgroup/memory" if version == 1 else "sys/fs/cgroup")
+    limit, used = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    files = {
+        tmp_path / "proc/self/cgroup": "5:cpu:/a/b\n4:memory:/a/b\n" if version == 1 else "0::/a/b\n",
+        tmp_path / "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
+        root / f"a/b/memory.{limit}": "9223372036854771712\n" if version == 1 else "max\n",
+        root / f"a/memory.{limit}": "5000000\n",
+        **{root / f"{group}/memory.{used}": "3000000\n" for group in ("a", "a/b")},
+        **{root / f"{group}/memory.stat": "anon 1\ninactive_file 500000\n" for group in ("a", "a/b")},
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(memory, "Path", lambda first, *more: Path(tmp_path, first.lstrip("/"), *more))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.free_memory() == (5_000_000 - 3_000_000 + 500_000) / 2

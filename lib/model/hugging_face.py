@@ -134,8 +134,8 @@ def fetch(name):
     except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(
-            f"cannot fetch {name} from the Hugging Face hub, check the network: {reason} A folder of that name is written "
-            f"./{name}"
+            f"cannot fetch {name} from the Hugging Face hub, check the network: {reason} A folder of that name is "
+            f"written ./{name}"
         ) from None
     return read_folder(Path(config).parent)
 

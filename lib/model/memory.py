@@ -4,16 +4,55 @@ The largest micro-batch that fits in memory, found by a rehearsal before the fir
 
 import contextlib
 import gc
+import math
+import os
+import re
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.console import UserError
+from lib.console import UserError, say
 from lib.distributed import sum_over_ranks
-from lib.optimizers import make_moments, missing_state
+from lib.model.cpu_loss import CHUNK
+from lib.optimizers import make_moments, missing_state, parts_of
 
 SPARE = 64 << 20  # bytes of a GPU that a run does not plan with: kernels that are loaded later take their own room
+
+
+def cgroup_rooms():
+    """Yield the bytes that each of this process's control groups, from its own to the outermost, leaves it."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)  # of version 2, or of version 1
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        own = root / path.lstrip("/")
+        for group in [own, *own.parents]:
+            most = (group / f"memory.{limit}").read_text() if (group / f"memory.{limit}").exists() else "max"
+            if group.is_relative_to(root) and most.strip() != "max":
+                cache = re.search(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+                yield int(most) - int((group / f"memory.{used}").read_text()) + int(cache[1] if cache else 0)
+
+
+def free_memory():
+    """The bytes that this process can still take before Linux kills it, where that can be known; else infinity."""
+    try:
+        free = [1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]), *cgroup_rooms()]
+    except (OSError, TypeError, ValueError):  # no Linux, or none that we know
+        return math.inf
+    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def cpu_bytes(gpt, tokens, checkpointing, fresh):
+    """About what a micro-batch of so many tokens takes on a CPU in float32, beside the weights; fresh: and AdamW's
+    moments, of which no page has been written yet. A block keeps 16 vectors of n_embd a token, with checkpointing one;
+    as much as one block is in use on the way back, with the gradients of the tied matrix and a chunk of logits."""
+    c, n = gpt.config, sum(p.numel() for p in gpt.parameters())
+    vectors = (c.n_layer + 32) if checkpointing else 16 * (c.n_layer + 1)
+    return 4 * (n * (3 if fresh else 1) + vectors * tokens * c.n_embd + c.vocab_size * (4 * c.n_embd + CHUNK))
 
 
 def rehearse(model, optimizer, B, T, vocab_size, device, autocast, count=2, also=None):
@@ -46,9 +85,9 @@ def warm_up(model, device):
     in order. From the second on each .grad is a view of them; gradients from before would lie beside, a second copy."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     for _ in range(2):
-        model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
         with torch.compiler.set_stance("force_eager"):
             model(token, token, return_logits=False)[1].backward()
+        model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def fit_in_memory(attempt, size, total, recompute, device):
@@ -84,12 +123,20 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
     also: computes, in eval mode, what a run on a GPU needs memory for besides training and validation."""
 
     is_ddp = isinstance(model, DistributedDataParallel)
+    is_fresh = not any(part.state for part in parts_of(optimizer))
     make_moments(optimizer)
     if is_ddp or device.type == "cuda":
         warm_up(model, device)
 
     def attempt(size, recompute):
         gpt.activation_checkpointing = recompute
+        if device.type == "cpu":  # there Linux grants every allocation and kills the process when it writes to it
+            takes, free = cpu_bytes(gpt, size * T, recompute, is_fresh), free_memory()
+            if takes > free / 4 and not int(os.environ.get("RANK") or 0):
+                need = f"about {takes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free"
+                say(f"micro-batches of {size} x {T} take {need}")
+            if takes > free:
+                raise RuntimeError("out of memory")
         try:
             micro_steps, more = min(2, sequences // size), also if device.type == "cuda" else None
             rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast, micro_steps, more)
