@@ -554,9 +554,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
     share, recompute = sequences // world_size, config.activation_checkpointing  # the sequences of each rank
     also = partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
-    B, note = fit_micro_batch(
-        model, ddp, optimizer, config.micro_batch_size, share, T, recompute, autocast, device, also
-    )
+    B, note = fit_micro_batch(model, ddp, optimizer, config.micro_batch_size, share, T, recompute, autocast, also)
     grad_accum_steps = share // B
     print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     loader = partial(DataLoaderLite, B, T, rank, world_size, data_root=data, vocab_size=model.config.vocab_size)

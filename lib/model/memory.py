@@ -117,12 +117,12 @@ def fit_in_memory(attempt, size, total, recompute, device):
     raise UserError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
-def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, device, also=None):
+def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, also=None):
     """Return (the micro-batch size to use, what to say of it): B, or less where that does not fit beside the model and
     its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it.
     also: computes, in eval mode, what a run on a GPU needs memory for besides training and validation."""
 
-    is_ddp = isinstance(model, DistributedDataParallel)
+    is_ddp, device = isinstance(model, DistributedDataParallel), next(gpt.parameters()).device
     is_fresh = not any(part.state for part in parts_of(optimizer))
     make_moments(optimizer)
     if is_ddp or device.type == "cuda":
