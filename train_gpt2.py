@@ -29,7 +29,7 @@ import hellaswag
 from lib import config as configs
 from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
-from lib.data.stream import TokenStream, open_shards, shuffle
+from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
 from lib.model import load, plan, published
 from lib.model.cpu_loss import chunked_cross_entropy
@@ -89,10 +89,16 @@ class TrainConfig:
     activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
     max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to step 1 and at the end
-    plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours) and exit
-    plan_speed: int = 0  # tokens/s of one GPU for the hours of the plan; 0: by the FLOP/s that were measured
+    plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours, money) and exit
+    plan_speed: int = 0  # tokens/s of one GPU, for the hours of the plan; 0: computed for several GPUs
+    plan_price: float = 0.0  # of one GPU for an hour, in any currency; 0: the plan has no prices
 
 
+SMALL = dict(  # 2.5M, nearly all of it vocabulary: minutes on a laptop
+    n_layer=4, n_head=4, n_embd=48, max_lr=7e-3, min_lr_ratio=0.3, sequence_length=128, total_batch_size=1024,
+    micro_batch_size=8, max_steps=528, warmup_steps=60, log_every=20, val_every=132, val_tokens=16384,
+    hellaswag_every=0, sample_every=528, sample_temperature=0.8, plot_every=264, checkpoint_every=264,
+)  # fmt: skip
 # learning rates and batch sizes of the GPT-3 paper's models of like size (Brown et al., 2020, table 2.1)
 PRESETS = {
     "gpt2": {},  # 124M
@@ -101,11 +107,10 @@ PRESETS = {
     "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps are two epochs of 10 billion tokens
         n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
     ),
-    "demo": dict(  # 2.5M, nearly all of it vocabulary, on the documentation of Python and NumPy
-        data_dir="demo_data", data_source="demo", log_dir="demo_log", n_layer=4, n_head=4, n_embd=48, max_lr=7e-3,
-        min_lr_ratio=0.3, sequence_length=128, total_batch_size=1024, micro_batch_size=8, max_steps=528,
-        warmup_steps=60, log_every=20, val_every=132, val_tokens=16384, hellaswag_every=0, sample_every=528,
-        sample_prompt="Return the", sample_temperature=0.8, plot_every=264, checkpoint_every=264),
+    "small": {**SMALL, "data_dir": "my_data", "log_dir": "my_log", "sample_prompt": "The"},  # for some 1 MB of text
+    "demo": {  # on the documentation of Python and NumPy
+        **SMALL, "data_dir": "demo_data", "data_source": "demo", "log_dir": "demo_log", "sample_prompt": "Return the",
+    },
 }  # fmt: skip
 
 
@@ -581,7 +586,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         if rank == 0 and run.due(config.sample_every):
             with run.clock.timing("samples"), autocast():
                 texts = sample(model, config.sample_prompt, device, config.seed, config.sample_temperature)
-            run.say(*[f"sample {text!r}" for text in texts])
+            run.show_samples(texts)
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
@@ -606,7 +611,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         if run.due(config.log_every) or not finite:
             print0(step_line(step, config.max_steps, loss, lr, norm, finite, run.clock.last, speed, mfu))
         run.count_finite(finite)
-    return run.finish(config.sample_prompt, hella)
+    return run.finish(config, f"{world_size} x {gpu}", published.beside(model.config, data.facts), bool(hella))
 
 
 def main(config):
@@ -617,7 +622,7 @@ def main(config):
     """
     config = configs.check(config, max(1, torchrun_ranks()[2]), load.OPENAI_MODELS)
     if config.plan:
-        print0(plan.describe(config, load.on_meta(GPT, GPTConfig.of(config))))
+        print0(plan.describe(config, load.on_meta(GPT, GPTConfig.of(config)), count_tokens(config.data_dir)))
         return {}
     folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
     with handlers_restored(), process_group(config.device, config.collective_timeout) as ranks, folder:

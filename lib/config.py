@@ -29,6 +29,7 @@ RANGES = {
     "min_lr_ratio": (0, 1),
     "sample_temperature": (0, 100),
     "plan_speed": (0, 2**63),
+    "plan_price": (0, 1e30),
     "keep_checkpoints": (2, 2**31),
     "seed": (0, 2**32 - 1),
     "max_nonfinite": (1, 2**31),

@@ -160,6 +160,14 @@ def open_shards(data_dir, source, T, sequences, validate, local_rank):
     return folder
 
 
+def count_tokens(data_dir):
+    """The training tokens in a folder of shards, None where there are none."""
+    try:
+        return sum(shard.length for shard in ShardFolder(data_dir, ["train"]).shards["train"])
+    except UserError:
+        return None
+
+
 class TokenStream:
     """The tokens of a split, shard after shard in name order. `data_root` is a path, or a ShardFolder."""
 

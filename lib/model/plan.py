@@ -7,7 +7,9 @@ import torch
 GIB = 2**30
 MEASURED = "one H200 reached in GPT-2 124M's step (bfloat16, compile, torch 2.11.0, 2026-11-22)"
 MFU = 0.447
-PEAKS = {"A100": 312e12, "H100 or H200": 989e12}  # FLOP/s, dense bfloat16
+PEAKS = {"H100 or H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # FLOP/s by datasheet, dense bfloat16
+CARDS = (8, 16, 24, 40, 80, 141)  # GB of memory of common GPUs
+ROOM = 0.92  # of a card's memory, without what CUDA and its libraries take
 
 
 def count_parameters(model):
@@ -56,8 +58,23 @@ def headline(c, model, devices, peak_tflops, dtype, compiled):
     return "\n".join(lines)
 
 
-def describe(c, model):
-    """The plan of a run with the settings c as text; the model may be on the meta device.
+def largest_micro_batch(c, n, room):
+    """The largest power of two whose micro-batch fits into so many bytes of a GPU, as text."""
+    for checkpointing in (False, True):
+        sizes = [2**i for i in range(10) if c.sequence_length * 2**i <= c.total_batch_size]
+        fit = [size for size in sizes if state_bytes(n) + activation_bytes(c, size, checkpointing) <= room]
+        if fit:
+            return f"{fit[-1]} sequences" + (" with activation checkpointing" if checkpointing else "")
+    return "too small"
+
+
+def duration(hours):
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def describe(c, model, data_tokens):
+    """The plan of a run with the settings c as text; the model may be on the meta device. data_tokens: those of its
+    training shards, None where they are not there yet.
 
     The formulas for memory give 26.2 and 14.2 GiB for GPT-2 124M with micro-batches of 64 and 32, where 26.6 and 14.4
     were measured on one H200.
@@ -66,33 +83,40 @@ def describe(c, model):
     n, tokens = sum(parts.values()), c.max_steps * c.total_batch_size
     flops = model.flops_per_token(c.sequence_length)
     lines = [f"{name:30}{count:16,}" for name, count in {**parts, "parameters": n}.items()]
+    steps = f"{c.max_steps:,} steps of {c.total_batch_size:,} tokens = {tokens:,} tokens"
+    if data_tokens:
+        steps += f", {tokens / data_tokens:.2f} epochs of the {data_tokens:,} in {c.data_dir}/"
+    elif c.data_dir == "edu_fineweb10B":
+        steps += f", {tokens / 1e10:.2f} epochs of the 10 billion of sample-10BT"
     lines += [
         "",
-        f"{c.max_steps:,} steps of {c.total_batch_size:,} tokens = {tokens:,} tokens, {tokens / n:.1f} per parameter",
-        f"{flops:,} FLOP a token (6N + 6LCT), {tokens * flops:.2e} in all",
+        f"{steps}, {tokens / n:.1f} per parameter",
+        f"{flops:,} FLOP per token, {tokens * flops:.2e} in all: 6 per weight, and for the products of attention",
+        "6 x layers x channels x length",
         "",
-        "memory of each GPU, 16 bits and compile on:",
-        f"  weights, gradients, moments {state_bytes(n) / GIB:10.1f} GiB",
+        f"the largest micro-batch that fits on a GPU of so much memory, beside {state_bytes(n) / GIB:.1f} GiB of weights,",
+        "gradients and moments, in 16 bits and compiled (computed):",
     ]
-    for checkpointing in (False, True):
-        sizes = [2**i for i in range(8) if c.sequence_length * 2**i <= c.total_batch_size]
-        memory = [(state_bytes(n) + activation_bytes(c, size, checkpointing)) / GIB for size in sizes]
-        name = "with activation checkpointing" if checkpointing else "in all"
-        lines.append(
-            f"  {name}, micro-batch of " + ", ".join(f"{s}: {m:.1f}" for s, m in zip(sizes, memory, strict=True))
-        )
+    cards = {f"{size} GB": size * 1e9 for size in CARDS}
+    if torch.cuda.is_available():
+        cards = {torch.cuda.get_device_name(): torch.cuda.get_device_properties(0).total_memory, **cards}
+    lines += [f"  {name:36} {largest_micro_batch(c, n, ROOM * size)}" for name, size in cards.items()]
     keep = c.keep_checkpoints + 1  # a new one is written beside them
+    speeds = {f"{gpu}, {peak * MFU / flops:,.0f} tokens/s": peak * MFU / flops for gpu, peak in PEAKS.items()}
+    how = f"computed for an MFU of {MFU:.1%}, which {MEASURED}"
+    if c.plan_speed:
+        speeds, how = {f"{c.plan_speed:,} tokens/s": c.plan_speed}, "at the speed given"
     lines += [
         "",
-        f"disk: 2 GB a billion tokens in shards (sample-10BT: 20 GB); {keep} checkpoints of {12 * n / 1e9:.2f} GB",
+        f"disk: 2 GB per billion tokens of shards (sample-10BT: 20 GB); {keep} checkpoints of {12 * n / 1e9:.2f} GB",
         "",
-        f"hours for {tokens:,} tokens"
-        + (" at the speed given" if c.plan_speed else f", if MFU is {MFU:.1%}, which {MEASURED}")
-        + ":",
+        f"time for {tokens:,} tokens, {how}",
+        "(evaluation comes on top):",
     ]
-    speeds = {f"{c.plan_speed:,} tokens/s": c.plan_speed} if c.plan_speed else {}
-    speeds = speeds or {f"{gpu}, {peak * MFU / flops:,.0f} tokens/s": peak * MFU / flops for gpu, peak in PEAKS.items()}
     for name, speed in speeds.items():
         hours = tokens / speed / 3600
-        lines.append(f"  {name:36} 1 GPU {hours:10,.1f}     8 GPUs, if none waits {hours / 8:10,.1f}")
+        price = f", {hours * c.plan_price:,.2f} at {c.plan_price:g} an hour" if c.plan_price else ""
+        lines.append(f"  {name:36} 1 GPU {duration(hours)}{price}; 8 GPUs, scaling perfectly, {duration(hours / 8)}")
+    if not c.plan_price:
+        lines.append("--plan_price 2.50 adds what it costs at your price for an hour of one GPU")
     return "\n".join(lines)

@@ -63,6 +63,16 @@ def compare(loss, tokens, config, shards):
     return ""
 
 
+def beside(config, shards):
+    """What the published runs and models of a size came to: (name, validation loss, HellaSwag acc_norm) of each, None
+    where it is not known or, for the loss, of other data."""
+    rows = []
+    for run in published(size_of(config)):
+        losses = run.val if run.dataset in ("", dataset_of(shards)) else []
+        rows.append((run.name, *(points[-1][1] if points else None for points in (losses, run.hella))))
+    return [row for row in rows if row[1:] != (None, None)]
+
+
 def flags(tokens_per_step, config, shards):
     """What tools/plot.py has to know of a run."""
     flags = {"--tokens_per_step": tokens_per_step, "--size": size_of(config), "--dataset": dataset_of(shards)}

@@ -16,7 +16,7 @@ from lib.checkpoint import load_checkpoint
 from lib.console import UserError, say
 from lib.distributed import from_rank_0, group_device, is_main_rank, sum_over_ranks
 from lib.files import ROOT, atomic_write, list_folder, lock_folder
-from lib.run import checkpoints
+from lib.run import checkpoints, summary
 from lib.run.log import METRICS, Log, rewind_log
 from lib.run.tracker import Tracker, start_beside, wait_for
 
@@ -45,7 +45,7 @@ class RunFolder:
     def __init__(self, path, resume, keep_checkpoints, tracker=""):
         self.path, self.resume, self.keep_checkpoints, self.saved = Path(path), resume, keep_checkpoints, None
         self.stack, self.tracker = contextlib.ExitStack(), Tracker(tracker)
-        self.log, self.drawing = Log(self.path / "log.txt"), None
+        self.log, self.samples, self.drawing = Log(self.path / "log.txt"), Log(self.path / "samples.txt"), None
 
     def __enter__(self):
         # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
@@ -92,6 +92,7 @@ class RunFolder:
                 (self.path / "lock").write_text(before)
                 raise
         self.stack.callback(self.log.close)
+        self.stack.callback(self.samples.close)
         return checkpoints.newest_whole_checkpoint(self.path)
 
     def begun_from(self, init_from, checkpoint):
@@ -114,6 +115,7 @@ class RunFolder:
             except OSError as error:
                 say(f"warning: {self.path}/config.json cannot be written: {error}")
         rewind_log(self.path / "log.txt", step)
+        rewind_log(self.path / "samples.txt", step)
         self.tracker.start(self.path, step, train_config)
         self.stack.callback(self.tracker.close)
 
@@ -140,6 +142,19 @@ class RunFolder:
         if find_spec("matplotlib") and (self.drawing is None or self.drawing.poll() is not None):
             folder, nowhere = self.path.absolute(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", *flags, **nowhere)
+
+    def summarize(self, title, rows, peers, config, facts):
+        """Say what came of the run, and write it as a page."""
+        for what, value in [*rows, *summary.peer_rows(peers)]:
+            say(f"{what}: {value}")
+        try:
+            wait_for(self.drawing)
+            summary.write_page(self.path, title, rows, peers, config, facts)
+        except OSError as error:
+            say(f"warning: {self.path}/summary.md cannot be written: {error}")
+        if self.saved:
+            names = [name for name in ("summary.md", "curve.png", "samples.txt") if (self.path / name).exists()]
+            say(f"All is in {self.path}/: {', '.join(['the checkpoints', 'log.txt', *names])}")
 
     def check_saved(self):
         """Raise UserError where not all of what the run became is on the disk."""

@@ -14,7 +14,7 @@ from lib.console import UserError, say
 from lib.files import atomic_write
 
 # how the records of a kind are written; a kind that is not here is as good, and has six digits
-FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f"}
+FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f", "sample": ""}
 UNLOGGED = ("tokens_per_second", "mfu")  # they differ from run to run: for the tracker alone
 METRICS = {"train": "train_loss", "val": "val_loss"}  # their names in what main returns; those of others are the kinds
 RECORD = re.compile(rb"(\d+) ([A-Za-z_]\S*) (\S[^\0-\x1f]*)")  # step, kind, value
@@ -90,14 +90,14 @@ def lines_of(path):
 
 def rewind_log(path, step):
     """Keep the records of the steps before `step`, of whatever kind: the run writes the later ones again. Those, and
-    lines that are no records, as a power cut leaves them, move to log_dropped.txt beside it."""
+    lines that are no records, as a power cut leaves them, move to a file beside it, log_dropped.txt."""
     try:
         kept, dropped = [], []
         for line in filter(None, lines_of(path) if path.exists() else []):
             match = RECORD.fullmatch(line)
             (kept if match and int(match[1]) < step else dropped).append(line + b"\n")
         if dropped:
-            copy = path.with_name("log_dropped.txt")
+            copy = path.with_name(f"{path.stem}_dropped.txt")
             with open(copy, "ab") as file:
                 file.write(b"".join(dropped))
                 file.flush()

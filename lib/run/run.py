@@ -10,7 +10,7 @@ import torch
 from lib.console import Interrupted, Stopped, UserError, print0
 from lib.distributed import from_rank_0, is_main_rank, set_timeout
 from lib.optimizers import settings_of
-from lib.run import checkpoints
+from lib.run import checkpoints, summary
 from lib.run.folder import code_version
 from lib.run.log import METRICS, Stopwatch
 from lib.run.resume import compare_runs, restore
@@ -31,11 +31,14 @@ class Run:
         self.folder, self.state, self.max_steps = folder, state, max_steps
         self.max_nonfinite, self.timeout = max_nonfinite, timeout
         self.facts = {**facts, "commit": code_version(), "optimizer_settings": settings_of(state["optimizer"])}
-        self.step, self.nonfinite, self.metrics, self.clock = 0, 0, {"val_loss": None}, Stopwatch()
+        self.step, self.nonfinite, self.metrics = 0, 0, {"val_loss": None}
+        self.clock, self.timed_from = Stopwatch(), 0
         if checkpoint:
             changes = compare_runs(checkpoint, self.facts)
             self.step, self.nonfinite = checkpoint["step"], checkpoint.get("nonfinite", 0)
             self.metrics["val_loss"] = checkpoint.get("val_loss")
+            self.clock.update(checkpoint.get("seconds", {}))
+            self.timed_from = 0 if "seconds" in checkpoint else self.step
             restore(checkpoint, state)
             print0(f"resuming at step {self.step}{changes}")
         elif folder.resume:
@@ -65,6 +68,12 @@ class Run:
         for message in messages:
             print0(f"step {self.step:5d} | {message}")
 
+    def show_samples(self, texts):
+        """Print texts that the model wrote, and keep them in samples.txt."""
+        self.say(*[f"sample {text!r}" for text in texts])
+        for text in texts:
+            self.folder.samples.record(self.step, {"sample": repr(text)})
+
     def record(self, **values):
         """Record numbers of this step, by kind, in log.txt and with the tracker."""
         self.metrics |= {METRICS.get(kind, kind): value for kind, value in values.items()}
@@ -78,6 +87,7 @@ class Run:
                 contents = {name: part.state_dict() for name, part in self.state.items()}
                 contents |= {**self.facts, "step": self.step, "nonfinite": self.nonfinite}
                 contents |= {"val_loss": self.metrics["val_loss"], "random_states": [torch.get_rng_state()]}
+                contents |= {"seconds": dict(self.clock)}
                 self.folder.save(contents)
 
     def check_stop(self):
@@ -101,13 +111,18 @@ class Run:
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"
         )
 
-    def finish(self, prompt, scored):
-        """The last words of a run that came to its end, and what to do next; returns its last metrics."""
+    def finish(self, config, devices, peers, scored):
+        """The last words of a run that came to its end: what came of it beside its peers, also as log_dir/summary.md,
+        and what to do next. Returns its last metrics."""
         self.folder.check_saved()
         self.metrics["step"] = self.step
         print0(f"done: {self.clock}")
+        if is_main_rank():
+            parameters = sum(p.numel() for p in self.state["model"].parameters())
+            rows = summary.results(self.step, self.metrics, self.clock, config, parameters, self.timed_from)
+            self.folder.summarize(f"GPT-2 on {devices}", rows, peers, config, self.facts)
         if self.folder.saved:
-            checkpoint, prompt = shlex.quote(str(self.folder.saved)), shlex.quote(prompt)
+            checkpoint, prompt = shlex.quote(str(self.folder.saved)), shlex.quote(config.sample_prompt)
             score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
-            print0(f"All is in {self.folder.path}/\nnext: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
+            print0(f"next: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
         return self.metrics

@@ -1,0 +1,54 @@
+"""
+What came of a run: a few lines for the console, and the same with the picture and the samples as a page to share.
+"""
+
+import math
+import re
+from dataclasses import fields
+
+from lib.files import atomic_write
+
+
+def results(step, metrics, clock, config, parameters, first):
+    """Rows of what and how much; `first` is the step from which the clock has counted."""
+    tokens, hours = step * config.total_batch_size, clock.total() / 3600
+    rows = [("parameters", f"{parameters:,}"), ("tokens", f"{tokens:,} in {step:,} steps")]
+    if clock["training"]:
+        speed = (step - first) * config.total_batch_size / clock["training"]
+        since = f" since step {first:,}" if first else ""
+        time = f"{hours:.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        rows.append(("time", f"{time}{since}, {speed:,.0f} tokens/s in training"))
+    if metrics.get("val_loss") is not None:
+        loss = metrics["val_loss"]
+        rows.append(("validation loss", f"{loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}"))
+    if "hella" in metrics:
+        rows.append(("HellaSwag acc_norm", f"{metrics['hella']:.4f}"))
+    return rows
+
+
+def peer_rows(peers):
+    """The published runs of the model's size, as rows of their name and results. peers: (name, loss, score) of each."""
+    for name, loss, score in peers:
+        found = [f"validation loss {loss:.4f}"] * (loss is not None) + [f"HellaSwag {score:.4f}"] * (score is not None)
+        yield name, ", ".join(found)
+
+
+def write_page(folder, title, rows, peers, config, facts):
+    """Write summary.md into the folder of a run: results, picture, the changed settings, and the samples by step."""
+    commit = re.sub(r"\+changes\.(\w+)", r" with uncommitted changes (\1)", facts["commit"])
+    changed = [
+        f"{field.name} = {getattr(config, field.name)!r}"
+        for field in fields(config)
+        if getattr(config, field.name) != field.default
+    ]
+    lines = [f"# {title}", "", "| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows]]
+    lines += [f"| {name} | {value} |" for name, value in peer_rows(peers)]
+    lines += [f"| code | {commit} |", ""]
+    if (folder / "curve.png").exists():
+        lines += ["![Losses over tokens](curve.png)", ""]
+    lines += ["## Settings that are not the defaults", "", "```", *changed, "```", ""]
+    samples = folder / "samples.txt"
+    if samples.exists():
+        lines += ["## Samples, by step", "", "```", samples.read_text(encoding="utf-8").rstrip("\n"), "```", ""]
+    with atomic_write(folder / "summary.md") as file:
+        file.write("\n".join(lines).encode())
