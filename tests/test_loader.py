@@ -174,7 +174,7 @@ def test_hidden_files_beside_shards_are_left_out_and_counted(tmp_path, capsys):
     assert ShardFolder(tmp_path).facts == before and "3 hidden files" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path, words", [("file", "Not a directory"), ("x" * 300, "too long"), ("no", "npy or .bin")])
+@pytest.mark.parametrize("path, words", [("file", "Not a directory"), ("x" * 300, "too long"), ("no", "nor .bin")])
 def test_a_data_dir_that_the_system_refuses_is_said_in_its_words(path, words, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=words):

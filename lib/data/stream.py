@@ -97,7 +97,7 @@ def find_shards(data_root, splits=SPLITS, optional=()):
     for split in splits:
         if not names[split] and split not in optional:
             raise UserError(
-                f"no *_{split}_*.npy or .bin shards in {data_root}/: run python fineweb.py --out {data_root} (28 GB "
+                f"no *_{split}_*.npy shards in {data_root}/, nor .bin: run python fineweb.py --out {data_root} (28 GB "
                 "of FineWeb-Edu, or your own text with --source), or try python train_gpt2.py --preset demo"
             )
     manifest = read_manifest(data_root)
