@@ -85,7 +85,7 @@ def compile_model(model, wanted, device):
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel takes all that the others take
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         say(
             f"warning: torch.compile is off: {reason}. It takes a C++ compiler and Python.h (apt-get install g++ "
             "python3-dev), on CUDA also triton and a GPU of compute capability 7.0"

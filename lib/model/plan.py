@@ -94,8 +94,8 @@ def describe(c, model, data_tokens):
         f"{flops:,} FLOP per token, {tokens * flops:.2e} in all: 6 per weight, and for the products of attention",
         "6 x layers x channels x length",
         "",
-        f"the largest micro-batch that fits on a GPU of so much memory, beside {state_bytes(n) / GIB:.1f} GiB of weights,",
-        "gradients and moments, in 16 bits and compiled (computed):",
+        f"the largest micro-batch that fits on a GPU, beside {state_bytes(n) / GIB:.1f} GiB of weights, gradients and",
+        "moments, in 16 bits and compiled (computed):",
     ]
     cards = {f"{size} GB": size * 1e9 for size in CARDS}
     if torch.cuda.is_available():
