@@ -118,11 +118,7 @@ def main():
     parser.add_argument("-d", "--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, quietly
-    try:
-        run_as_command(run, parser.parse_args())
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    run_as_command(run, parser.parse_args())
 
 
 if __name__ == "__main__":
