@@ -116,16 +116,8 @@ def test_files_of_other_people_are_neither_taken_nor_removed(small, log_dir, und
     assert "resuming at step 8" in capsys.readouterr().out
     assert_same_run(undisturbed, log_dir, 12)
     assert all((log_dir / name).read_text() == "of other people" for name in names)
-    found = {path.name for path in log_dir.iterdir()} - set(names)
-    assert found == {
-        "config.json",
-        "lock",
-        "log.txt",
-        "log_dropped.txt",
-        "summary.md",
-        "model_00010.pt",
-        "model_00012.pt",
-    }
+    found = {path.name for path in log_dir.iterdir()} - {*names, "config.json", "log_dropped.txt", "summary.md"}
+    assert found == {"lock", "log.txt", "model_00010.pt", "model_00012.pt"}
 
 
 def test_temporary_files_of_other_people_survive_in_the_working_directory(small, tmp_path, undisturbed, monkeypatch):
@@ -585,7 +577,7 @@ def test_an_empty_prompt_is_refused_before_anything_starts(small, log_dir, capsy
     assert not log_dir.exists()
 
 
-@pytest.mark.parametrize("flag", ["--max_steps=1e3", "--n_layer=x", "--max_lr=", "--compile=yes"])
+@pytest.mark.parametrize("flag", ["--max_steps=1e3", "--n_layer=x", "--max_lr=", "--compile=perhaps"])
 def test_flags_that_are_no_numbers_are_refused(flag):
     with pytest.raises(SystemExit) as exit:
         parse_args([flag])

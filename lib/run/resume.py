@@ -16,11 +16,18 @@ QUIET = (
 )  # fmt: skip
 
 
+def random_states():
+    """Torch's random state, and that of this rank's GPU, for models that draw from it, as dropout does."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
 def restore(checkpoint, state):
-    """Load the states of a checkpoint into what has them, by name, and torch's random state."""
+    """Load the states of a checkpoint into what has them, by name, and torch's random states."""
     try:
         name = "random_states"
         torch.set_rng_state(checkpoint[name][0])
+        if torch.cuda.is_initialized() and len(checkpoint[name]) > 1:
+            torch.cuda.set_rng_state(checkpoint[name][1])
         for name, part in state.items():
             if isinstance(part, torch.optim.Optimizer | Optimizers):
                 # no state yet: where all steps were skipped, which float16's scaler may do by itself
