@@ -5,8 +5,6 @@ What the loop of a run needs besides the lesson: its steps, records, checkpoints
 import shlex
 import signal
 
-import torch
-
 from lib.console import Interrupted, Stopped, UserError, print0
 from lib.distributed import from_rank_0, is_main_rank, set_timeout
 from lib.optimizers import settings_of
