@@ -31,14 +31,9 @@ from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
 from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import load, plan, published
-from lib.model.cpu_loss import chunked_cross_entropy
-from lib.model.memory import fit_micro_batch
+from lib.model import chunked_cross_entropy, fit_micro_batch, load, plan, published
 from lib.optimizers import keep_ratios
-from lib.run.folder import RunFolder
-from lib.run.log import time_text
-from lib.run.run import Run
-from lib.run.signals import handlers_restored
+from lib.run import Run, RunFolder, handlers_restored, time_text
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 # -----------------------------------------------------------------------------
