@@ -33,10 +33,13 @@ class Optimizers:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
 
-def keep_ratios(optimizer, max_lr):
-    """Note in each parameter group the ratio of its rate to max_lr, which the schedule then keeps."""
+def as_one(optimizer, max_lr):
+    """An optimizer, or several in a list, as one, with the ratio of each parameter group's rate to max_lr noted in it:
+    the schedule keeps the ratios."""
+    optimizer = Optimizers(*optimizer) if isinstance(optimizer, list | tuple) else optimizer
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / max_lr if max_lr else 1.0
+    return optimizer
 
 
 def settings_of(optimizer):

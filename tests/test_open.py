@@ -15,7 +15,6 @@ from test_hacking import FLAGS, copy_scripts
 import train_gpt2
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import Stopped, UserError
-from lib.optimizers import Optimizers
 from train_gpt2 import GPT, GPTConfig, TrainConfig, main
 
 # -----------------------------------------------------------------------------
@@ -25,9 +24,7 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, main
 def sgd_and_adamw(model, weight_decay, learning_rate, device_type):
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    return Optimizers(
-        torch.optim.SGD(matrices, lr=10 * learning_rate, momentum=0.9), torch.optim.AdamW(others, lr=learning_rate)
-    )
+    return [torch.optim.SGD(matrices, 10 * learning_rate, momentum=0.9), torch.optim.AdamW(others, learning_rate)]
 
 
 OPTIMIZERS = {

@@ -35,7 +35,9 @@ def restore(checkpoint, state):
                 load_optimizer(part, checkpoint[name], trained, checkpoint.get("optimizer_settings"))
             elif checkpoint.get(name):  # a run in float32 leaves an empty state of its gradient scaler
                 part.load_state_dict(checkpoint[name])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot resume: the checkpoint's {name} is missing or of another kind: {error!r}") from None
 
 
