@@ -18,7 +18,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -258,12 +257,8 @@ def main():
     args = parser.parse_args()
     if args.workers < 1 or (args.shard_size is not None and not 1 <= args.shard_size <= 10**9):
         parser.error("--workers must be 1 or more, --shard_size from 1 to 1,000,000,000")
-    try:
-        run_as_command(lambda: build(**vars(args)))
-    except KeyboardInterrupt:
-        say("interrupted: the same command resumes after the last finished shard", sys.stderr)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)  # a shell loop stops only if its child dies of the signal
+    interrupted = "interrupted: the same command resumes after the last finished shard"
+    run_as_command(lambda: build(**vars(args)), interrupted=interrupted)
 
 
 if __name__ == "__main__":

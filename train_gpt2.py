@@ -31,14 +31,9 @@ from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
 from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import load, plan, published
-from lib.model.cpu_loss import chunked_cross_entropy
-from lib.model.memory import fit_micro_batch
-from lib.optimizers import keep_ratios
-from lib.run.folder import RunFolder
-from lib.run.log import time_text
-from lib.run.run import Run
-from lib.run.signals import handlers_restored
+from lib.model import chunked_cross_entropy, fit_micro_batch, load, plan, published
+from lib.optimizers import as_one
+from lib.run import Run, RunFolder, handlers_restored, time_text
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -541,8 +536,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     ddp = data_parallel(compiled) if world_size > 1 else compiled
 
     # optimizer, and the precision of the matrix products
-    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
-    keep_ratios(optimizer, config.max_lr)
+    optimizer = as_one(model.configure_optimizers(config.weight_decay, config.max_lr, device.type), config.max_lr)
     dtype = choose_dtype(config.dtype, device)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients

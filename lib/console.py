@@ -56,19 +56,21 @@ def report(error):
     return 2 if known else 1
 
 
-def run_as_command(run, *args):
+def run_as_command(run, *args, interrupted=""):
     """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
 
     A program stopped by a signal dies of that signal, or a shell loop would start the next run. Under torchrun it exits
-    with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137.
+    with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137. interrupted: the message after
+    Ctrl-C.
     """
     is_rank, code, number = "TORCHELASTIC_RUN_ID" in os.environ, 0, None
     try:
         result = run(*args)
-    except KeyboardInterrupt as error:
-        number = getattr(error, "number", signal.SIGINT)
     except Stopped as error:
         number = error.number
+    except KeyboardInterrupt:
+        say(interrupted, sys.stderr)
+        number = signal.SIGINT
     except Exception as error:
         if not is_rank and not isinstance(error, UserError):
             raise

@@ -33,10 +33,13 @@ class Optimizers:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
 
-def keep_ratios(optimizer, max_lr):
-    """Store in each parameter group the ratio of its learning rate to max_lr, which the schedule preserves."""
+def as_one(optimizer, max_lr):
+    """Combine an optimizer, or a list of several, into one, and store in each parameter group the ratio of its learning
+    rate to max_lr, which the schedule preserves."""
+    optimizer = Optimizers(*optimizer) if isinstance(optimizer, list | tuple) else optimizer
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / max_lr if max_lr else 1.0
+    return optimizer
 
 
 def settings_of(optimizer):

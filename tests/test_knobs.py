@@ -29,7 +29,7 @@ def test_a_switch_takes_true_and_false(name, flags, value):
 def test_a_switch_that_is_neither_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--compile=maybe"])
-    assert "'maybe' is neither true nor false: give the flag alone, or begin it with --no-" in capsys.readouterr().err
+    assert "'maybe' is not true or false; or give the flag alone, or begin it with --no-" in capsys.readouterr().err
     assert parse_args(["--compile=None"]).compile is None
 
 

@@ -198,7 +198,7 @@ def test_what_is_said_of_too_little_text_leads_to_a_run(tiny, tmp_path, kilobyte
                   vocab_size=50257, n_embd=8, max_steps=1)  # fmt: skip
     result = run_warm("train_gpt2.py", *flags_of(config))
     assert result.returncode == 2 and "too few" in result.stdout, result.stdout
-    flags = re.search(r"train with ((?:--\w+ \d+ )+)", result.stdout)[1].split()
+    flags = re.search(r"or give ((?:--\w+ \d+ )+)", result.stdout)[1].split()
     result = run_warm("train_gpt2.py", *flags_of(config), *flags)
     assert result.returncode == 0, result.stdout
 

@@ -15,7 +15,6 @@ from test_hacking import FLAGS, copy_scripts
 import train_gpt2
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import Stopped, UserError
-from lib.optimizers import Optimizers
 from train_gpt2 import GPT, GPTConfig, TrainConfig, main
 
 # -----------------------------------------------------------------------------
@@ -25,9 +24,7 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, main
 def sgd_and_adamw(model, weight_decay, learning_rate, device_type):
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    return Optimizers(
-        torch.optim.SGD(matrices, lr=10 * learning_rate, momentum=0.9), torch.optim.AdamW(others, lr=learning_rate)
-    )
+    return [torch.optim.SGD(matrices, 10 * learning_rate, momentum=0.9), torch.optim.AdamW(others, learning_rate)]
 
 
 OPTIMIZERS = {
@@ -44,6 +41,20 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_resumes_with_whatever_optimizer_it_has(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "configure_optimizers", OPTIMIZERS[name])
+    config = dict(max_steps=12, checkpoint_every=4)
+    main(tiny(log_dir=str(tmp_path / "whole"), **config))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        at_step(patch, {6}, crash)
+        main(tiny(**config))
+    main(tiny(init_from="resume", **config))
+    assert_same_run(tmp_path / "whole", tmp_path / "log", 12)
+
+
+def test_a_model_that_draws_random_numbers_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+    forward = train_gpt2.MLP.forward
+    monkeypatch.setattr(
+        train_gpt2.MLP, "forward", lambda self, x: torch.nn.functional.dropout(forward(self, x), 0.1, self.training)
+    )
     config = dict(max_steps=12, checkpoint_every=4)
     main(tiny(log_dir=str(tmp_path / "whole"), **config))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):

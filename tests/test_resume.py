@@ -339,7 +339,15 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_the_run(tiny, tmp_path, monke
     main(tiny(checkpoint_every=5))
     assert "model_00010.pt COULD NOT BE SAVED" in capsys.readouterr().out
     names = sorted(p.name for p in (tmp_path / "log").iterdir())
-    assert names == ["config.json", "lock", "log.txt", "model_00005.pt", "model_00015.pt", "model_00020.pt"]
+    assert names == [
+        "config.json",
+        "lock",
+        "log.txt",
+        "model_00005.pt",
+        "model_00015.pt",
+        "model_00020.pt",
+        "summary.md",
+    ]
 
 
 def test_a_full_disk_at_the_end_exits_non_zero(tiny, tmp_path):
@@ -355,7 +363,7 @@ def test_stale_temporaries_are_cleared_and_old_checkpoints_go_last(tiny, tmp_pat
     (tmp_path / "log" / "model_00005.pt.123.tmp").write_bytes(b"half")
     main(tiny(checkpoint_every=4, keep_checkpoints=2))
     names = sorted(p.name for p in (tmp_path / "log").iterdir())
-    assert names == ["config.json", "lock", "log.txt", "model_00016.pt", "model_00020.pt"]
+    assert names == ["config.json", "lock", "log.txt", "model_00016.pt", "model_00020.pt", "summary.md"]
 
 
 def test_steps_of_six_digits_come_after_those_of_five(tmp_path):

@@ -166,9 +166,7 @@ def write_folder(folder, model, card):
         (unfinished / "README.md").write_text(text, encoding="utf-8", newline="\n")
         compare(unfinished, model)
         if inside:
-            for file in sorted(
-                unfinished.iterdir(), key=lambda file: file.name == "config.json"
-            ):  # last: it completes it
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # the last one
                 os.replace(file, folder / file.name)
         else:
             os.replace(unfinished, folder)

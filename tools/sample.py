@@ -122,11 +122,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="the same seed, the same texts (default: %(default)s)")
     parser.add_argument("-d", "--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly under `| head`
-    try:
-        run_as_command(run, parser.parse_args())
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    run_as_command(run, parser.parse_args())
 
 
 if __name__ == "__main__":

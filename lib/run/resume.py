@@ -16,11 +16,18 @@ QUIET = (
 )  # fmt: skip
 
 
+def random_states():
+    """Torch's random state, and that of this rank's GPU, for models that draw from it, as dropout does."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
 def restore(checkpoint, state):
-    """Load a checkpoint's states into the objects in `state`, by name, and torch's random state."""
+    """Load a checkpoint's states into the objects in `state`, by name, and torch's random states."""
     try:
         name = "random_states"
         torch.set_rng_state(checkpoint[name][0])
+        if torch.cuda.is_initialized() and len(checkpoint[name]) > 1:
+            torch.cuda.set_rng_state(checkpoint[name][1])
         for name, part in state.items():
             if isinstance(part, torch.optim.Optimizer | Optimizers):
                 # no state yet if all steps were skipped, as float16's scaler may do
@@ -28,7 +35,9 @@ def restore(checkpoint, state):
                 load_optimizer(part, checkpoint[name], trained, checkpoint.get("optimizer_settings"))
             elif checkpoint.get(name):  # the state of a gradient scaler is empty in float32
                 part.load_state_dict(checkpoint[name])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot resume: the checkpoint's {name} is missing or invalid: {error!r}") from None
 
 

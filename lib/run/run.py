@@ -5,15 +5,13 @@ What the loop of a run needs besides the lesson: its steps, records, checkpoints
 import shlex
 import signal
 
-import torch
-
 from lib.console import Interrupted, Stopped, UserError, print0
 from lib.distributed import from_rank_0, is_main_rank, set_timeout
 from lib.optimizers import settings_of
 from lib.run import checkpoints, summary
 from lib.run.folder import code_version
 from lib.run.log import METRICS, Stopwatch
-from lib.run.resume import compare_runs, restore
+from lib.run.resume import compare_runs, random_states, restore
 from lib.run.signals import catch_signals
 
 
@@ -86,7 +84,7 @@ class Run:
             if is_main_rank():
                 contents = {name: part.state_dict() for name, part in self.state.items()}
                 contents |= {**self.facts, "step": self.step, "nonfinite": self.nonfinite}
-                contents |= {"val_loss": self.metrics["val_loss"], "random_states": [torch.get_rng_state()]}
+                contents |= {"val_loss": self.metrics["val_loss"], "random_states": random_states()}
                 contents |= {"seconds": dict(self.clock)}
                 self.folder.save(contents)
 

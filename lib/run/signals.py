@@ -50,10 +50,9 @@ def catch_signals():
     def caught():
         number = signals[0][1] if signals else 0
         number = signal.SIGKILL if is_rank and os.getppid() != parent else number
-        numbers = torch.zeros(signal.NSIG, dtype=torch.int64, device=group_device())
-        numbers[number] = 1
-        numbers = sum_over_ranks(numbers)[1:].nonzero().flatten().tolist()  # 0: no signal
-        return max(numbers) + 1 if numbers else None
+        mine = [int(number == other) for other in range(1, signal.NSIG)]
+        counts = sum_over_ranks(torch.tensor(mine, device=group_device())).tolist()  # of ranks that got each signal
+        return max((other for other, count in enumerate(counts, start=1) if count), default=None)
 
     for number in stop_signals():
         if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:

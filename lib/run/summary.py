@@ -29,8 +29,8 @@ def results(step, metrics, clock, config, parameters, first):
 def peer_rows(peers):
     """The published runs of the model's size, as rows of their name and results. peers: (name, loss, score) of each."""
     for name, loss, score in peers:
-        found = [f"validation loss {loss:.4f}"] * (loss is not None) + [f"HellaSwag {score:.4f}"] * (score is not None)
-        yield name, ", ".join(found)
+        named = {"validation loss": loss, "HellaSwag": score}
+        yield name, ", ".join(f"{what} {value:.4f}" for what, value in named.items() if value is not None)
 
 
 def write_page(folder, title, rows, peers, config, facts):
