@@ -378,7 +378,7 @@ def test_shards_that_go_away_are_named_and_the_resume_is_exact(
     at_step(monkeypatch, {6}, act)
     ends_with(r"data/tiny_train_00000\d.npy.*[Rr]estore it.* and resume", small(), capsys)
     monkeypatch.undo()
-    ends_with("no .*train.* shards in|is not a whole token shard", small(init_from="resume"), capsys)
+    ends_with("no .*train.* shards in|is not a complete token shard", small(init_from="resume"), capsys)
     shutil.rmtree(data, ignore_errors=True)
     copy.rename(data)
     main(small(init_from="resume"))
