@@ -94,7 +94,7 @@ SMALL = dict(  # 2.5M, nearly all of it vocabulary: minutes on a laptop
     micro_batch_size=8, max_steps=528, warmup_steps=60, log_every=20, val_every=132, val_tokens=16384,
     hellaswag_every=0, sample_every=528, sample_temperature=0.8, plot_every=264, checkpoint_every=264,
 )  # fmt: skip
-# learning rates and batch sizes of the GPT-3 paper's models of like size (Brown et al., 2020, table 2.1)
+# learning rates and batch sizes of the GPT-3 paper's models of similar size (Brown et al., 2020, table 2.1)
 PRESETS = {
     "gpt2": {},  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=32),  # 355M
@@ -102,7 +102,7 @@ PRESETS = {
     "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps are two epochs of 10 billion tokens
         n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
     ),
-    "small": {**SMALL, "data_dir": "my_data", "log_dir": "my_log", "sample_prompt": "The"},  # for some 1 MB of text
+    "small": {**SMALL, "data_dir": "my_data", "log_dir": "my_log", "sample_prompt": "The"},  # for about 1 MB of text
     "demo": {  # on the documentation of Python and NumPy
         **SMALL, "data_dir": "demo_data", "data_source": "demo", "log_dir": "demo_log", "sample_prompt": "Return the",
     },
@@ -449,7 +449,7 @@ def process_group(device, timeout):
 
 def data_parallel(model):
     """A DistributedDataParallel around the model: the gradients of all ranks are averaged while the backward runs, in
-    some 20 buckets, for each of which torch.compile makes a graph."""
+    about 20 buckets, for each of which torch.compile makes a graph."""
     megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
@@ -500,7 +500,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     if finite or scaler.is_enabled():
         scaler.step(optimizer)  # the weights change here: optimizer.step(), if the gradients did not overflow
         scaler.update()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's lie in its buckets
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's are views of its buckets
     return loss, norm, finite
 
 
@@ -561,7 +561,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     train_loader.seek(run.step * sequences)
 
     for step in run.steps():
-        # once in a while, which is every so many steps and at the last: the loss on tokens that are never trained on
+        # once in a while (every val_every steps, and at the last one): the loss on tokens that are never trained on
         if run.due(config.val_every):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, config.val_tokens // T, device, run.check_stop)

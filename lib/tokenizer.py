@@ -73,7 +73,7 @@ def pieces(text):
 def encode(text):
     """The tokens of a text as uint32. A text that spells out <|endoftext|> is ordinary text; a lone surrogate is "?".
 
-    Raises UserError where the tokenizer does.
+    Raises UserError if tiktoken fails.
     """
     tokenizer = get_tokenizer()
     try:

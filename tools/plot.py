@@ -31,7 +31,7 @@ UNITS = {1e9: "billions of tokens", 1e6: "millions of tokens", 1e3: "thousands o
 
 
 def read_checkpoint(log_dir):
-    """Tokens of a step, size and dataset of the run whose checkpoints are in log_dir; None where none can be read."""
+    """Tokens of a step, size and dataset of the run whose checkpoints are in log_dir; None if none can be read."""
     import torch  # here, since it takes seconds, and the trainer gives the flags instead
 
     from lib.run.checkpoints import list_checkpoints

@@ -63,7 +63,7 @@ def choose_shards(paths, name=None):
 def resolve(dataset, commit, name, split, paths):
     """Resolve a configuration and a split of a data set as `datasets` does: (their names in words, their files).
 
-    `name` is a configuration, or else a folder. Downloads no data. Raises UserError if there are none.
+    `name` is a configuration, or else a folder. Downloads no data. Raises UserError if there are no such files.
     """
     import datasets
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""Weights in and out, what they cost, and what is published of others."""
+"""Weights in and out, what they cost, and published results to compare with."""
 
 from lib.model.cpu_loss import chunked_cross_entropy
 from lib.model.memory import fit_micro_batch

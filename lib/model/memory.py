@@ -145,5 +145,5 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
             if device.type == "cuda":  # the compiler timed kernels that overwrite the logits on a copy in host memory
                 torch._C._host_emptyCache()
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a model with dropout draws from it
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # models with dropout draw from it
         return fit_in_memory(attempt, min(B, sequences), sequences, activation_checkpointing, device)

@@ -1,4 +1,4 @@
-"""The life of a run: its folder, log, checkpoints, signals, tracker, and what is said of it."""
+"""The life of a run: its folder, log, checkpoints, signals, tracker and summary."""
 
 from lib.run.folder import RunFolder
 from lib.run.log import time_text

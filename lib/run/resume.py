@@ -17,7 +17,7 @@ QUIET = (
 
 
 def random_states():
-    """Torch's random state, and that of this rank's GPU, for models that draw from it, as dropout does."""
+    """The random states of torch and of this rank's GPU, for models that draw from them, as dropout does."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
 

@@ -27,14 +27,14 @@ def results(step, metrics, clock, config, parameters, first):
 
 
 def peer_rows(peers):
-    """The published runs of the model's size, as rows of their name and results. peers: (name, loss, score) of each."""
+    """The published runs of the model's size, as rows of name and results. peers: (name, loss, score) of each."""
     for name, loss, score in peers:
         named = {"validation loss": loss, "HellaSwag": score}
         yield name, ", ".join(f"{what} {value:.4f}" for what, value in named.items() if value is not None)
 
 
 def write_page(folder, title, rows, peers, config, facts):
-    """Write summary.md into the folder of a run: results, picture, the changed settings, and the samples by step."""
+    """Write summary.md into the folder of a run: results, curves, changed settings, and the samples by step."""
     commit = re.sub(r"\+changes\.(\w+)", r" with uncommitted changes (\1)", facts["commit"])
     changed = [
         f"{field.name} = {getattr(config, field.name)!r}"
