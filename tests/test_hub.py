@@ -386,7 +386,7 @@ LAYOUTS = {
     "training and evaluation": (ALIKE, None, [], ALIKE[:1]),
     "train1 and test1": (NUMBERED, None, [], NUMBERED[:1]),
     "no such split": (["train.parquet"], None, ["--split", "validation"], "choose one of train"),
-    "csv": (["train.csv"], None, [], "train.csv, which cannot be read here: it takes .parquet"),
+    "csv": (["train.csv"], None, [], "train.csv, which cannot be read: supported are .parquet"),
     "nothing": (["model.safetensors"], None, [], "folders with files of text: none"),
 }  # fmt: skip
 

@@ -264,7 +264,7 @@ def test_without_openais_weights_a_folder_of_that_name_is_not_taken_for_them(tmp
     (tmp_path / "gpt2").mkdir()
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = run("tools/sample.py", "gpt2", "--prompt=x", env=env, cwd=tmp_path)
-    assert result.returncode == 2 and "A folder of that name is written ./gpt2" in result.stdout, result.stdout
+    assert result.returncode == 2 and "For a local folder of that name, write ./gpt2" in result.stdout, result.stdout
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"cannot load \./gpt2/ as a GPT-2 of config.json"):
         load_model("./gpt2")

@@ -130,7 +130,7 @@ def test_configs_of_other_code_take_defaults_or_are_refused_by_name(tiny, tmp_pa
     assert "dropout is 0.0 in the checkpoint and ignored" in out and "rotary is False" in out
     change_config(path, rotary=True)
     with pytest.raises(
-        UserError, match=r"has {'rotary': True} in its config, which GPTConfig of this code does not have"
+        UserError, match=r"has {'rotary': True} in its config, which this code's GPTConfig does not have"
     ):
         train_gpt2.load_model(str(path))
     change_config(path, rotary="gone", dropout="gone", n_head="gone")

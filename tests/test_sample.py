@@ -161,7 +161,7 @@ def test_of_a_long_prompt_the_end_is_used(checkpoint, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "stream", lambda model, idx, *args: seen.append(idx) or stream(model, idx, *args))
     sample.run(arguments(checkpoint, prompt="one two three four five six " * 20))
-    assert "the prompt has 121 tokens, the model sees its last 24" in capsys.readouterr().err
+    assert "the prompt has 121 tokens, the model sees only the last 24" in capsys.readouterr().err
     assert seen[0].tolist() == [get_tokenizer().encode_ordinary("one two three four five six " * 20)[-24:]]
 
 
