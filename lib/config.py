@@ -6,7 +6,9 @@ import argparse
 import ast
 import functools
 import inspect
+import json
 import math
+import os
 import re
 import types
 import typing
@@ -14,6 +16,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 
 from lib.console import UserError
 from lib.files import expand, why_missing
@@ -103,7 +106,19 @@ def parse_args(dataclass, presets, description, argv=None):
             flag |= {"nargs": "?", "const": True, "metavar": "BOOL"}
         parser.add_argument(f"--{field.name}", **flag)
     flags = vars(parser.parse_args(argv))
-    return dataclass(**{**presets[flags.pop("preset")], **flags})
+    preset = presets[flags.pop("preset")]
+    if "data_source" in preset and is_own_data(flags.get("data_dir"), preset["data_source"]):
+        preset = {name: value for name, value in preset.items() if name not in ("data_source", "sample_prompt")}
+    return dataclass(**{**preset, **flags})
+
+
+def is_own_data(folder, source):
+    """Whether there are shards in a folder, and of another source."""
+    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    try:
+        return json.loads(Path(folder, "manifest.json").read_bytes())["source"] != source
+    except (OSError, TypeError, ValueError, KeyError):
+        return any(name.endswith((".npy", ".bin")) for name in names)
 
 
 def divisors(n):
