@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import io
 import random
+import signal
 import subprocess
 import sys
 import tempfile
