@@ -127,7 +127,7 @@ def divisors(n):
 
 
 def batch_near(c, world_size):
-    """Flags of a batch near the one that was asked for, which so many ranks can share evenly."""
+    """Flags for a batch near the requested one that divides evenly among the ranks."""
     unit = c.sequence_length * world_size
     micro_batches = math.ceil(c.total_batch_size / unit / c.micro_batch_size)  # of a rank in a step
     size = max(1, round(c.total_batch_size / unit / micro_batches))
@@ -140,7 +140,7 @@ def batch_near(c, world_size):
 
 
 def conditions(c, world_size, model_names):
-    """What must hold between settings, each with the message for where it does not."""
+    """Pairs of a condition that must hold and the message if it does not."""
     sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
     fit, near = ([], f"none; {batch_near(c, world_size)} would do") if rest else (divisors(sequences), "")
     names = ("scratch", "resume", *model_names)
@@ -157,7 +157,7 @@ def conditions(c, world_size, model_names):
         ),
         (
             not missing,
-            f"init_from {c.init_from!r} is no file and none of {', '.join(names)}: {missing}",
+            f"init_from {c.init_from!r} is not a file and none of {', '.join(names)}: {missing}",
         ),
         (
             c.vocab_size >= 50257 or not (c.sample_every or c.hellaswag_every),
@@ -185,7 +185,7 @@ def plain_value(value, kind):
             if isinstance(value, tuple | list):
                 kinds = elements(option, len(value)) if typing.get_args(option) else map(type, value)
                 return origin(plain_value(*pair) for pair in zip(value, kinds, strict=True))
-        elif isinstance(value, KINDS.get(option, option)):
+        elif isinstance(value, KINDS.get(option, origin)):
             return option(value) if option in (int, float, str) else value
     raise TypeError
 
