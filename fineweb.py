@@ -6,11 +6,11 @@ Text in, GPT-2 token shards out: the data half of the GPT-2 reproduction.
     python fineweb.py --source demo --out demo_data         # the docs of Python and NumPy, no network
 
 A shard is a one-dimensional .npy file of little-endian uint16: every document is <|endoftext|> (50256) followed by
-its tokens, and documents run on from one shard into the next. Shard 000000 is the validation split. manifest.json
+its tokens, and documents continue from one shard into the next. Shard 000000 is the validation split. manifest.json
 beside them says what they were made from, with the token count and sha256 of each.
 
-Killed at any instant, the same command goes on after the last finished shard and ends with the same bytes. Files from
-the hub are fetched one ahead, checked, and deleted once they are tokenized.
+After an interruption, even a kill -9, the same command resumes after the last finished shard and ends with the same
+bytes. Files from the hub are fetched one ahead, verified, and deleted once they are tokenized.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from lib.data.sources import find_source
 from lib.files import atomic_write, hash_file, lock_folder
 from lib.tokenizer import EOT, encode, get_tokenizer
 
-# the CPUs that this process may use, which are fewer than there are in a job of a cluster; some 12 keep the parent busy
+# the CPUs that this process may use, often not all of a cluster's machine; about 12 workers keep the parent busy
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 # -----------------------------------------------------------------------------
@@ -52,7 +52,7 @@ WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity
 
 
 def start_worker():
-    """Leave Ctrl-C to the parent, and go when it goes, even by kill -9: an orphan would wait for work forever."""
+    """Leave Ctrl-C to the parent, and exit when it does, even by kill -9: an orphan would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -76,8 +76,8 @@ def tokenize(texts):
 
 
 def chunks(paths, column, row, split_on):
-    """Yield (places, texts) of 256 documents, or fewer where they are long, since a pool that is handed one document at
-    a time spends its time on handing over. A place is (index of the file, row, path)."""
+    """Yield (places, texts) of 256 documents, or fewer if they are long, since a pool that gets one document at a time
+    spends most of its time on passing them. A place is (index of the file, row, path)."""
     places, texts, length = [], [], 0
     for index, path in paths:
         for position, text in enumerate(documents_of(path, column, row, split_on), start=row):
@@ -93,9 +93,9 @@ def chunks(paths, column, row, split_on):
 
 
 def tokenize_in_parallel(chunks, pool, workers):
-    """Yield (file, row, *tokenize(texts)) of each chunk in order, so that no byte depends on the workers.
+    """Yield (file, row, *tokenize(texts)) of each chunk in order, so that the shards do not depend on the workers.
 
-    What was read before an error comes first, then the error.
+    What was read before an error is yielded first, then the error is raised.
     """
     pending = deque()
 
@@ -126,11 +126,11 @@ def tokenize_in_parallel(chunks, pool, workers):
 
 
 def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
-    """Tokenize the files from the progress on and write the shards.
+    """Tokenize the files from `progress` on and write the shards.
 
-    Progress is where the last shard ends: `skip` tokens after the start of the document at a row of a file. Meanwhile
-    the counts in the manifest are those up to that document. Text that ends within the validation shard is cut into
-    smaller shards where `may_cut` says so.
+    progress: where the last shard ends, `skip` tokens after the start of the document at a row of a file. Until all are
+    written, the counts in the manifest are those up to that document. may_cut: whether text that ends within the
+    validation shard may be cut into smaller shards.
     """
     shards, skip = manifest["shards"], progress["skip"]
     start, end = {**manifest, "progress": progress}, {"file": len(manifest["files"]), "row": 0, "skip": 0}
@@ -140,13 +140,13 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     def add_shard(tokens, progress):
         nonlocal listed, waiting
         if not shards:
-            listed = write_manifest(out, start)  # first: a folder with shards but no manifest is someone else's
+            listed = write_manifest(out, start)  # first: shards without a manifest are not ours
         path = out / f"{name_shard(manifest['source'], len(shards))}.npy"
         with atomic_write(path) as file:
             np.save(file, tokens)
         shards.append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
         waiting += tokens.nbytes
-        if progress and waiting >= listed - 1_000_000:  # it is large where there are 100,000 small files
+        if progress and waiting >= listed - 1_000_000:  # seldom: with 100,000 small files it is large
             listed, waiting = write_manifest(out, manifest, progress=progress), 0
 
     how = manifest.get("text_column"), progress["row"], manifest.get("split_on")
@@ -170,11 +170,11 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
         if not may_cut or filled < 2:
             raise UserError(
                 f"{manifest['source']} has {filled:,} tokens, which leaves none for training after a validation shard "
-                f"of {len(buffer):,}: give more text or --shard_size {tenth}"
+                f"of {len(buffer):,}: provide more text, or give --shard_size {tenth}"
             )
         manifest["shard_size"] = tenth
     size = manifest["shard_size"]
-    for first in range(0, filled, size):  # more than once only where it is cut; listed once all are there
+    for first in range(0, filled, size):  # several only if it is cut; listed once all are written
         add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 
 
@@ -210,8 +210,8 @@ def build(
     name=None, split="train", text_column="text", revision=None, keep=False, verify=False, split_on=None,
 ):  # fmt: skip
     """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
-    unfinished one goes on after its last shard. Without a shard_size it is a tenth of the tokens that the sizes of the
-    files promise, 100M at most.
+    unfinished one is continued after its last shard. shard_size defaults to a tenth of the tokens estimated from the
+    sizes of the files, 100M at most.
 
     Raises UserError for a source that cannot be read and for a folder that holds something else.
     """
@@ -221,20 +221,20 @@ def build(
     manifest = find_manifest(out, wanted, verify)
     if manifest and manifest["complete"]:
         return manifest
-    get_tokenizer()  # workers that are forked have it then
+    get_tokenizer()  # forked workers inherit it
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker) as pool:
-            pool.submit(len, "")  # starts the workers, before there are threads to fork with or a lock to inherit
+            pool.submit(len, "")  # starts the workers before there are threads, or a lock that they would inherit
             with lock_folder(out), removed_if_empty(out):
-                if manifest != read_manifest(out):  # another process was at work until just now
+                if manifest != read_manifest(out):  # another process has just finished
                     manifest = find_manifest(out, wanted)
                 if manifest and manifest["complete"]:
                     return manifest
                 return build_shards(out, wanted, manifest, open_source, pool, workers, keep)
     except BrokenProcessPool:
-        raise UserError("a worker died, most likely for want of memory: start again with fewer --workers") from None
-    except OSError as error:  # a full disk, for one
-        raise UserError(f"cannot write {out}: {error}; start again to go on after the last finished shard") from error
+        raise UserError("a worker died, most likely for lack of memory: start again with fewer --workers") from None
+    except OSError as error:  # such as a full disk
+        raise UserError(f"cannot write {out}: {error}; start again to resume after the last finished shard") from error
 
 
 def main():
@@ -251,13 +251,13 @@ def main():
     parser.add_argument(
         "--revision", help="branch, tag or commit on the hub (default: FineWeb-Edu's is pinned, else main)"
     )
-    parser.add_argument("--split_on", help="what stands between two documents of a .txt, for instance <|endoftext|>")
-    parser.add_argument("--keep", action="store_true", help=f"keep what was fetched, in {DOWNLOADS}/ of the folder")
-    parser.add_argument("--verify", action="store_true", help="compute the sha256 of every shard that is there")
+    parser.add_argument("--split_on", help="separator of the documents in a .txt, for example <|endoftext|>")
+    parser.add_argument("--keep", action="store_true", help=f"keep the downloaded files, in {DOWNLOADS}/ of --out")
+    parser.add_argument("--verify", action="store_true", help="verify the sha256 of every existing shard")
     args = parser.parse_args()
     if args.workers < 1 or (args.shard_size is not None and not 1 <= args.shard_size <= 10**9):
         parser.error("--workers must be 1 or more, --shard_size from 1 to 1,000,000,000")
-    interrupted = "interrupted: the same command goes on after the last finished shard"
+    interrupted = "interrupted: the same command resumes after the last finished shard"
     run_as_command(lambda: build(**vars(args)), interrupted=interrupted)
 
 

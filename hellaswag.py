@@ -4,13 +4,13 @@ HellaSwag: choose the right one of four endings by the language model's loss on 
     python hellaswag.py -m gpt2 -d cuda                           # an OpenAI model, all 10,042 validation items
     python hellaswag.py -m log/model_19073.pt --style harness     # a checkpoint, as lm-evaluation-harness scores it
 
-`acc` picks the ending of the lowest summed loss, `acc_norm` that of the lowest sum by length. OpenAI's GPT-2 has:
+`acc` picks the ending with the lowest summed loss, `acc_norm` that with the lowest sum by length. OpenAI's GPT-2 has:
 
     style        context                              acc_norm divides by    124M               1558M
     completion   as it is in ctx                      tokens                 0.2859 / 0.2955    0.3842 / 0.4893
     harness      activity and ctx, without [marks]    characters             0.2892 / 0.3114    0.4004 / 0.5089
 
-Items are JSON objects, one a line, as in https://github.com/rowanz/hellaswag; FIELDS is what a style reads of them.
+Items are JSON objects, one per line, as in https://github.com/rowanz/hellaswag; FIELDS: what each style reads.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from lib.tokenizer import EOT, get_tokenizer
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
-SHA256 = {"val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"}  # what published results are for
+SHA256 = {"val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"}  # the file of published results
 FIELDS = {"completion": ["ctx"], "harness": ["activity_label", "ctx_a", "ctx_b"]}  # a style's context is made of these
 
 
 def fetch(split):
-    """Return the path of hellaswag/hellaswag_{split}.jsonl, checked; downloads it (12 MB) where it is not there yet."""
+    """Return the path of hellaswag/hellaswag_{split}.jsonl, verified; downloads it (12 MB) if it is missing."""
     path, url = FOLDER / f"hellaswag_{split}.jsonl", URL.format(split=split)
     try:
         found = path.exists()
@@ -53,7 +53,7 @@ def fetch(split):
             with atomic_write(path) as file:
                 file.write(content)
     except (OSError, HTTPException) as error:
-        raise UserError(f"cannot fetch {url} to {path} ({error}): put it there, or name another with --data") from None
+        raise UserError(f"cannot fetch {url} to {path} ({error}): copy it there, or give another with --data") from None
     return path
 
 
@@ -73,21 +73,21 @@ def encode(example, style="completion"):
     if style == "harness":
         cleaned = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
         context, endings = cleaned.rstrip(), [clean(ending) for ending in endings]
-        space = cleaned[len(context) :] + " "  # what the context ends with belongs to the word that follows
+        space = cleaned[len(context) :] + " "  # the context's last space belongs to the next word
     tokens = [ids(space + ending) for ending in endings]  # GPT-2's words carry their space in front
     lengths = [len(ending) for ending in (endings if style == "harness" else tokens)]
-    context = ids(context) or [EOT]  # without one, the endings open a document
+    context = ids(context) or [EOT]  # without a context, an ending begins a document
     item = {"label": example["label"], "ctx_tokens": context, "ending_tokens": tokens, "lengths": lengths}
     return {**item, "width": len(context) + max(map(len, tokens))}
 
 
 def lay_out(items, width):
-    """Encoded items as (tokens, mask), both (4n, width) int64: in a row context, ending, zeros; mask 1 on endings."""
+    """Encoded items as (tokens, mask), both (4n, width) int64: a row is context, ending, zeros; mask 1 on endings."""
     tokens, mask = torch.zeros(2, 4 * len(items), width, dtype=torch.long)
     rows = [(item["ctx_tokens"] + ending, len(ending)) for item in items for ending in item["ending_tokens"]]
     for i, (row, ending) in enumerate(rows):
         end = min(width, len(row))
-        tokens[i, :end] = torch.tensor(row[-width:])  # what is too long loses the start of its context
+        tokens[i, :end] = torch.tensor(row[-width:])  # over-long rows are truncated on the left
         mask[i, max(0, end - ending) : end] = 1
     return tokens, mask
 
@@ -101,7 +101,7 @@ def render_example(example, style="completion"):
 def make_batches(examples, rank=0, world_size=1, max_length=1024, style="completion", batch_size=32):
     """Return this rank's share as a list of (places in examples, tokens, mask, lengths (n, 4), labels (n,)).
 
-    Items of like length go together: little padding. Every rank gets the same number of batches; the last may be empty.
+    Items of similar length go together. Every rank gets the same number of batches, of which the last may be empty.
     """
     items = [{**encode(example, style), "place": place} for place, example in enumerate(examples)]
     mine, batches = sorted(items, key=lambda item: item["width"])[rank::world_size], []
@@ -109,13 +109,13 @@ def make_batches(examples, rank=0, world_size=1, max_length=1024, style="complet
         share = mine[start : start + batch_size]
         width = -(-max((item["width"] for item in share), default=0) // 8) * 8  # few shapes to plan kernels for
         places, lengths, labels = (torch.tensor([i[key] for i in share]) for key in ("place", "lengths", "label"))
-        # the last token of a row predicts nothing and is not fed to the model: so there may be one more than it takes
+        # the last token of a row is not fed to the model, as it predicts nothing: a row may have one beyond max_length
         batches.append((places, *lay_out(share, min(width, max_length) + 1), lengths, labels))
     return batches
 
 
 def load(rank, local_rank, world_size, device, max_length):
-    """This rank's HellaSwag batches; None on all ranks, said once, where a machine has no copy and can fetch none."""
+    """This rank's HellaSwag batches; None on all ranks, with a message, if a machine can neither find nor fetch it."""
     have = 1
     if local_rank == 0:
         try:
@@ -132,8 +132,8 @@ def load(rank, local_rank, world_size, device, max_length):
 def score(model, batches, device, check_stop=lambda: None):
     """The endings' losses in nats, in the order of the batches: (n, 2, 4) float32, sums over tokens and normalized.
 
-    Only the positions that predict an ending's token go through the output head, which is most of its work saved. The
-    model scores in eval mode and is left as it was found. check_stop() is called before each.
+    Only the positions that predict an ending's token go through the output head, which saves most of its work. The
+    model runs in eval mode, then returns to its own. check_stop() is called before each batch.
     """
     was_training = model.training
     model.eval()
@@ -146,7 +146,7 @@ def score(model, batches, device, check_stop=lambda: None):
         tokens, predicts = tokens.to(device), mask[:, 1:].bool().to(device)  # position t predicts token t + 1
         hidden, targets, found = model.hidden_states(tokens[:, :-1])[predicts], tokens[:, 1:][predicts], []
         for h, y in zip(hidden.split(len(room)), targets.split(len(room)), strict=True):
-            logits = torch.mm(h, weight, out=room[: len(h)])  # autocast heeds no out=: bfloat16 ties on 2.6% of items
+            logits = torch.mm(h, weight, out=room[: len(h)])  # out= avoids autocast: bfloat16 ties on 2.6% of items
             logits[:, 50257:] = -torch.inf  # the padded ids are not tokens
             log_p = torch.log_softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
             found.append(-log_p.gather(1, y[:, None])[:, 0])
@@ -180,7 +180,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
     check_vocabulary(model_name, model.config)
     batches = make_batches(examples, max_length=model.config.block_size, style=style)
     chosen = score(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
-    chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # as in the file
+    chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # in the file's order
     n, labels = len(examples), torch.tensor([example["label"] for example in examples])
     acc, acc_norm = (chosen == labels[:, None]).double().mean(dim=0).tolist()
     stderr, norm_stderr = ((p * (1 - p) / max(1, n - 1)) ** 0.5 for p in (acc, acc_norm))
@@ -202,7 +202,7 @@ def main():
     path = os.path.expanduser
     parser.add_argument("-m", "--model", type=path, default="gpt2", help="OpenAI name, checkpoint or exported folder")
     parser.add_argument("-d", "--device", default=default_device(), help="cuda, mps, cpu")
-    parser.add_argument("--data", type=path, help="a .jsonl of items (default: the validation set, which is fetched)")
+    parser.add_argument("--data", type=path, help="a .jsonl of items (default: the validation set, downloaded)")
     parser.add_argument("--limit", type=int, help="score only the first N items")
     parser.add_argument("--style", choices=FIELDS, default="completion", help="default: %(default)s")
     parser.add_argument("--json", type=path, help="write the scores and each item's choices to this file")

@@ -6,7 +6,7 @@ Train GPT-2 from scratch: one file, read top to bottom.
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # the same on eight
 
 Every setting is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
-The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs besides the lesson is in lib/.
+The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs beyond the lesson is in lib/.
 
 Measured: the demo's validation loss falls from 10.78 to 4.63 in 103 s on 2 CPU cores (torch 2.13.0, one run).
 A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
@@ -31,14 +31,9 @@ from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
 from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import load, plan, published
-from lib.model.cpu_loss import chunked_cross_entropy
-from lib.model.memory import fit_micro_batch
-from lib.optimizers import keep_ratios
-from lib.run.folder import RunFolder
-from lib.run.log import time_text
-from lib.run.run import Run
-from lib.run.signals import handlers_restored
+from lib.model import chunked_cross_entropy, fit_micro_batch, load, plan, published
+from lib.optimizers import as_one
+from lib.run import Run, RunFolder, handlers_restored, time_text
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -133,7 +128,7 @@ class GPTConfig:
 
     @classmethod
     def of(cls, config):
-        """That of a model from scratch: the settings of the same names."""
+        """The config of a model from scratch: the settings of the same names."""
         same = [field.name for field in fields(cls) if hasattr(config, field.name)]
         return cls(block_size=config.sequence_length, **{name: getattr(config, name) for name in same})
 
@@ -149,7 +144,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        if cache is not None:  # (2, B, nh, length, hs): keys and values; those of the tokens before `start` are there
+        if cache is not None:  # (2, B, nh, length, hs): keys and values, with those before `start`
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T].to(q.dtype)
         # flash attention, where the device has it; a token that comes after a cache sees all of it
@@ -186,7 +181,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # fit_micro_batch sets it; True: keep only what lies between blocks
+        self.activation_checkpointing = False  # fit_micro_batch sets it; True: keep only the activations between blocks
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -223,13 +218,13 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}: shorten the sequence")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half of its traffic
+        if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half its memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             past = None if cache is None else cache[i]
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x, past, start)
-        return self.transformer.ln_f(x.float())  # CUDA's autocast does it by itself, the CPU's does not
+        return self.transformer.ln_f(x.float())  # as CUDA's autocast does by itself, unlike the CPU's
 
     def head(self, x):
         """Hidden states (..., n_embd) to logits (..., vocab_size), in eval mode float32: 16 bits tie on HellaSwag."""
@@ -242,12 +237,12 @@ class GPT(nn.Module):
         """Return (logits, loss) for token ids (B, T) int64.
 
         logits: (B, T, vocab_size), or None without return_logits, which saves their memory and time in training. loss:
-        for targets (B, T) int64, the mean cross-entropy in nats per token, a float32 scalar; targets of -100 do not
-        count. Raises ValueError where T is larger than block_size.
+        for targets (B, T) int64, the mean cross-entropy in nats per token, a float32 scalar; targets of -100 are
+        ignored. Raises ValueError if T is larger than block_size.
         """
         x = self.hidden_states(idx)
         if targets is not None and not return_logits and x.device.type == "cpu":
-            # head and loss in one, a chunk of the logits at a time: CPUs are bound by the memory that all of them take
+            # head and loss in one, a chunk of the logits at a time: CPUs are bound by the memory traffic of all of them
             return None, chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -259,8 +254,8 @@ class GPT(nn.Module):
         return load.from_openai(name, cls, GPTConfig)
 
     def flops_per_token(self, T=None):
-        """6N + 6LCT as in llm.c: 6 operations a weight, without the positions, and the causal half of attention. T: the
-        length of the sequences, block_size unless told."""
+        """6N + 6LCT as in llm.c: 6 operations per weight, without the positions, and the causal half of attention. T:
+        the length of the sequences, block_size by default."""
         c = self.config
         weights = sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
         return 6 * weights + 6 * c.n_layer * c.n_embd * (T or c.block_size)
@@ -287,7 +282,7 @@ def load_model(name):
 class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
-    The tokens of a split are one stream, cut into sequences of T tokens and the one after, their last target. An epoch
+    The tokens of a split are one stream, cut into sequences of T tokens plus one, the last target. An epoch
     visits every sequence once, shuffled by (seed, epoch), so the first ones are a sample of the whole split. A batch is
     the next num_processes * B of them, B on each rank: neither number changes the order. data_root is the folder of the
     shards, or a ShardFolder: a run opens it once.
@@ -307,7 +302,7 @@ class DataLoaderLite:
         self.seek(0)
 
     def seek(self, position):
-        """Continue after `position` sequences, counted over all ranks and epochs; the disk fetches the batch."""
+        """Continue after `position` sequences, counted over all ranks and epochs; the system starts reading."""
         self.position, self.prepared = position, None
         self.upcoming = self.locate(np.arange(self.B) + position + self.process_rank * self.B)
         for tokens, *span in self.upcoming:
@@ -320,7 +315,7 @@ class DataLoaderLite:
         return [(self.tokens, start, start + self.T + 1) for start in (places * self.T).tolist()]
 
     def prepare(self):
-        """Make the next batch now, which next_batch will return."""
+        """Read the batch that next_batch will return."""
         tokens = np.stack([stream.read(*span) for stream, *span in self.upcoming])  # (B, T + 1) uint16
         self.prepared = [torch.from_numpy(t.astype(np.int64, order="C")) for t in (tokens[:, :-1], tokens[:, 1:])]
 
@@ -355,7 +350,7 @@ def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None)
     num_sequences = max(1, min(num_sequences, loader.num_sequences))
     model.eval()
     loader.reset()
-    total = torch.zeros(2, device=device)  # the losses, and of how many sequences
+    total = torch.zeros(2, device=device)  # the sum of the losses, the number of sequences
     while loader.position < num_sequences:
         check_stop()
         mine = min(loader.B, num_sequences - loader.position - loader.process_rank * loader.B)  # how many count
@@ -382,7 +377,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     values, candidates = logits.topk(min(top_k or V, V))  # the likeliest first
     p = F.softmax(values / temperature, dim=1)
     if top_p < 1:
-        p[p.cumsum(dim=1) - p >= top_p] = 0  # those before it reach top_p without it
+        p[p.cumsum(dim=1) - p >= top_p] = 0  # where the ones before reach top_p already
     return candidates.gather(1, torch.multinomial(p, num_samples=1, generator=generator))
 
 
@@ -397,7 +392,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
         idx = idx[:, -c.block_size :]
         with devices.flash_attention():
             hidden = model.hidden_states(idx[:, start:], cache, start)
-        logits = model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num()  # not the padding; a diverged run samples, too
+        logits = model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num()  # no padded ids, and no NaN of a diverged run
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
         start = 0 if idx.size(1) == c.block_size else idx.size(1)  # full: the window slides, every position changes
@@ -442,13 +437,13 @@ def process_group(device, timeout):
     try:
         yield rank, local_rank, max(1, world_size), device
     except BaseException as error:
-        if world_size > 1 and not isinstance(error, Stopped):  # or it would wait for ranks that wait for it
+        if world_size > 1 and not isinstance(error, Stopped):  # the barrier below would deadlock
             os._exit(report(error))
         raise
     finally:
         if world_size:
             set_timeout(max(SETUP_TIMEOUT, timeout))
-            wait_for_all()  # a rank that leaves early takes its connections from the others
+            wait_for_all()  # a rank that leaves early would close connections that others use
             dist.destroy_process_group()
 
 
@@ -468,7 +463,7 @@ def mean_over_ranks(tensor):
 
 
 def choose_dtype(name, device):
-    """The type of the matrix products: as named, or for "auto" 16 bits on CUDA (bfloat16 where it has that)."""
+    """The type of the matrix products: as named, or for "auto" 16 bits on CUDA (bfloat16 if it has that)."""
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32 if name == "auto" else getattr(torch, name)
@@ -514,7 +509,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 
 
 def step_line(step, max_steps, loss, lr, norm, finite, seconds, speed, mfu):
-    """What the console says of a step. speed: tokens/s; mfu: 0 where the peak of the device is not known."""
+    """The console's line of a step. speed: tokens/s; mfu: 0 if the peak of the device is not known."""
     return (
         f"step {step:5d}/{max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {1000 * seconds:.2f} ms | "
         f"{speed:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{time_text(seconds * (max_steps - step - 1))} left"
@@ -529,7 +524,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     sequences = config.total_batch_size // T  # of a step, over all ranks
     data = open_shards(config.data_dir, config.data_source, T, sequences, config.val_every > 0, local_rank)
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
-    checkpoint = folder.open(mmap=device.type == "cuda")  # the newest, where this run resumes; else None
+    checkpoint = folder.open(mmap=device.type == "cuda")  # the newest if this run resumes, else None
     config = replace(config, init_from=folder.begun_from(config.init_from, checkpoint))
 
     # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model`
@@ -541,8 +536,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     ddp = data_parallel(compiled) if world_size > 1 else compiled
 
     # optimizer, and the precision of the matrix products
-    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, device.type)
-    keep_ratios(optimizer, config.max_lr)
+    optimizer = as_one(model.configure_optimizers(config.weight_decay, config.max_lr, device.type), config.max_lr)
     dtype = choose_dtype(config.dtype, device)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
@@ -550,11 +544,11 @@ def train(config, rank, local_rank, world_size, device, folder):
     print0(plan.headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
 
     # a checkpoint holds the state_dict of these, which a resume loads, the facts, and from Run the step, the last
-    # val_loss, the random state and the commit (lib/checkpoint.py: torch.save, complete or not there)
+    # val_loss, the random state and the commit (lib/checkpoint.py: an atomic torch.save)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
     run = Run(folder, state, facts, checkpoint, config.max_steps, config.max_nonfinite, config.collective_timeout)
-    del checkpoint  # its memory
+    del checkpoint  # frees its memory
 
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
     share, recompute = sequences // world_size, config.activation_checkpointing  # the sequences of each rank
@@ -592,7 +586,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         if rank == 0 and run.due(config.plot_every):
             folder.draw(published.flags(config.total_batch_size, model.config, data.facts), step == config.max_steps)
 
-        # once in a while: save all that it takes to go on from here
+        # once in a while: save everything needed to continue from here
         if step > 0 and run.due(config.checkpoint_every):
             run.save()
 
@@ -617,8 +611,8 @@ def train(config, rank, local_rank, world_size, device, folder):
 def main(config):
     """Train by config, a TrainConfig; under torchrun, as one of its ranks. Returns the last metrics as a dict.
 
-    Raises UserError for what the user can fix. A signal ends the run once it is saved: SystemExit, or KeyboardInterrupt
-    for Ctrl-C.
+    Raises UserError for what the user can fix. A signal ends the run after it is saved: SystemExit, or
+    KeyboardInterrupt for Ctrl-C.
     """
     config = configs.check(config, max(1, torchrun_ranks()[2]), load.OPENAI_MODELS)
     if config.plan:

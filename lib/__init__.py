@@ -1,0 +1,1 @@
+"""What the scripts share: imported, never run. The rooms data, run and model know only the files beside this one."""

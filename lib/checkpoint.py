@@ -1,5 +1,5 @@
 """
-The file of a checkpoint: complete or not there, plain data only, checked when it is read.
+Checkpoint files: written atomically, plain data only, verified when they are read.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ import torch
 from lib.console import UserError
 from lib.files import atomic_write
 
-COMMENT_LENGTH = struct.pack("<H", 64)  # of a sha256 in hexadecimal, as the last field of a zip archive
-KINDS = {"model": dict, "optimizer": dict, "config": dict, "train_config": dict, "step": int}  # of what it holds
+COMMENT_LENGTH = struct.pack("<H", 64)  # of a hexadecimal sha256; a zip archive's last field
+KINDS = {"model": dict, "optimizer": dict, "config": dict, "train_config": dict, "step": int}  # required entries
 
 
 class HashingWriter:
-    """A file to write to that hashes with sha256 on a second core while the disk writes."""
+    """A writable file that computes its sha256 in a second thread while the disk writes."""
 
     def __init__(self, file):
         self.file, self.flush, self.error = file, file.flush, None
@@ -39,13 +39,13 @@ class HashingWriter:
 
 
 def write_checkpoint(path, contents):
-    """Write a dict of plain data and tensors to path, whole or not at all. Raises OSError where that fails.
+    """Atomically write a dict of plain data and tensors to path. Raises OSError if that fails.
 
-    At its end stands its sha256, as the comment of the zip archive that it is: torch.load checks nothing.
+    The sha256 follows as the comment of the zip archive, since torch.load verifies nothing.
     """
     with atomic_write(path) as file:
         hashing = HashingWriter(file)
-        torch.serialization.set_crc32_options(False)  # a weaker sum than ours, which torch.load does not look at
+        torch.serialization.set_crc32_options(False)  # weaker than our sha256, and torch.load ignores it
         try:
             torch.save(contents, hashing)
         except RuntimeError as error:
@@ -55,9 +55,8 @@ def write_checkpoint(path, contents):
 
 
 def load_checkpoint(path, mmap=False):
-    """Read a checkpoint onto the CPU, as a dict with at least KINDS; with mmap, a machine's ranks share its memory.
-
-    Raises UserError where it is damaged or none.
+    """Load a checkpoint onto the CPU, as a dict with the entries of KINDS and more; with mmap, the ranks of a machine
+    share its memory. Raises UserError if it is damaged or not a checkpoint.
     """
     try:
         with open(path, "rb") as file:
@@ -66,20 +65,20 @@ def load_checkpoint(path, mmap=False):
             end = file.read()
             if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
                 raise UserError(
-                    f"{path} is not written by this trainer, or cut off: import it with python -m tools.import_model "
-                    f"{shlex.quote(str(path))} FOLDER"
+                    f"{path} was not written by this trainer, or is truncated: import it with python -m "
+                    f"tools.import_model {shlex.quote(str(path))} FOLDER"
                 )
             file.seek(0)
             while chunk := file.read(min(1 << 20, size - file.tell())):
                 digest.update(chunk)
             digest.update(bytes(2))  # the comment length that torch wrote
             if end != COMMENT_LENGTH + digest.hexdigest().encode():
-                raise UserError(f"{path} is damaged: its sha256 does not match. Copy it again, or take another one")
-        # weights_only, since other pickles could run anything
+                raise UserError(f"{path} is damaged: its sha256 does not match. Copy it again, or use another one")
+        # weights_only: any other pickle could run arbitrary code
         contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load {path}: {error}") from None
     for name, kind in KINDS.items():
         if not isinstance(contents, dict) or not isinstance(contents.get(name), kind):
-            raise UserError(f"{path} is no checkpoint of train_gpt2.py: its {name} is not a {kind.__name__}")
+            raise UserError(f"{path} is not a checkpoint of train_gpt2.py: its {name} is not a {kind.__name__}")
     return contents

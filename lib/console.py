@@ -1,5 +1,5 @@
 """
-The console, which may go away while a run goes on; errors for the user; how a program ends.
+Console output, which may be lost without stopping a run; errors for the user; how a program exits.
 """
 
 import atexit
@@ -11,11 +11,11 @@ import traceback
 
 
 class UserError(ValueError):
-    """Something that the user can put right. The message says what was found, what was expected and what to do."""
+    """An error that the user can fix. The message says what was found, what was expected and what to do."""
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the run, on all its ranks, and what it did is saved; `number` is the signal's."""
+    """A signal stopped the run on all ranks, after it was saved; `number` is the signal."""
 
     def __init__(self, number):
         super().__init__(128 + number)
@@ -23,18 +23,18 @@ class Stopped(SystemExit):
 
 
 class Interrupted(Stopped, KeyboardInterrupt):
-    """The same of Ctrl-C, for which Python has an exception of its own."""
+    """The same for Ctrl-C, for which Python has its own exception."""
 
 
 def say(message, stream=None):
-    """Print a line at once. A console that is gone (a closed pipe, a full disk) becomes /dev/null: the run goes on."""
+    """Print a line and flush. If the console is gone (a closed pipe, a full disk), output goes to /dev/null."""
     stream = stream or sys.stdout
     if stream is None:  # python train_gpt2.py >&-
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"  # not every terminal can print what a model writes
     text = str(message).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        stream.write(text + "\n")  # one write: whole lines
+        stream.write(text + "\n")  # in one write: lines of several processes do not mix
         stream.flush()
     except OSError:
         with open(os.devnull, "w") as nowhere:
@@ -48,7 +48,7 @@ def print0(message):
 
 
 def report(error):
-    """Say an error that ends the program, on stderr: a UserError as one line, any other with its traceback. Returns
+    """Print an error that ends the program to stderr: a UserError as one line, any other with its traceback. Returns
     the exit code."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     known = isinstance(error, UserError)
@@ -59,9 +59,9 @@ def report(error):
 def run_as_command(run, *args, interrupted=""):
     """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
 
-    A program that a signal stopped dies of that signal, or the loop of a shell would start the next run; under torchrun
-    it exits with 0, or torchrun would restart it, unless one machine's torchrun was killed. interrupted: what to say
-    after Ctrl-C.
+    A program stopped by a signal dies of that signal, or a shell loop would start the next run. Under torchrun it exits
+    with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137. interrupted: the message after
+    Ctrl-C.
     """
     is_rank, code, number = "TORCHELASTIC_RUN_ID" in os.environ, 0, None
     try:
@@ -87,7 +87,7 @@ def die_of(number):
     end_output()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    os._exit(128 + number)  # where the signal is blocked
+    os._exit(128 + number)  # if the signal is blocked
 
 
 def end_output():
@@ -97,6 +97,6 @@ def end_output():
 
 
 def exit_at_once(code):
-    """End a rank without Python's own end, in which a thread of gloo that lives on can abort the process."""
+    """Exit without Python's own shutdown, during which a surviving gloo thread can abort the process."""
     end_output()
     os._exit(code)

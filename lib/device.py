@@ -1,5 +1,5 @@
 """
-The device: its name and peak, the types and the compiler that it takes.
+The device of a rank, its name and peak, and its compiler.
 """
 
 import os
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.console import UserError, say
 
-# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, by a word or words of the device's name
+# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, by words in the device's name
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125,
@@ -20,13 +20,13 @@ PEAK_TFLOPS = {
 
 
 def name_and_peak(device):
-    """The device's name, and its PEAK_TFLOPS where that is known, else None."""
+    """The device's name, and its PEAK_TFLOPS if known, else None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return name, peak_tflops(name)
 
 
 def peak_tflops(name):
-    if re.search(r"\b(Laptop|MIG|Max-Q|4090 D)\b", name):  # a part of the chip, or slower than the card of its name
+    if re.search(r"\b(Laptop|MIG|Max-Q|4090 D)\b", name):  # part of a chip, or slower than the card of that name
         return None
     return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
@@ -38,7 +38,7 @@ def default_device():
 
 
 def check_device(name):
-    """Raise UserError where torch has no device of that name here."""
+    """Raise UserError if torch has no device of that name here."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
@@ -46,7 +46,7 @@ def check_device(name):
 
 
 def choose_device(name, local_rank, in_group):
-    """The device of a rank, by a type or "auto". Raises UserError where it is not there."""
+    """The device of a rank, by a type or "auto". Raises UserError if it is not available."""
     if name == "auto":
         name = default_device()
         name = "cpu" if name == "mps" and in_group else name  # gloo cannot sum on an Apple GPU
@@ -56,11 +56,11 @@ def choose_device(name, local_rank, in_group):
 
 
 def claim_gpu(local_rank):
-    """This rank's GPU, made the current one. Raises UserError where torchrun started more ranks on this machine than it
-    has GPUs.
+    """Make this rank's GPU the current one and return it. Raises UserError if torchrun started more ranks on this
+    machine than it has GPUs.
 
-    Where the user has not configured PyTorch's allocator, it is told to map memory page by page: in fixed segments the
-    gaps between tensors come to a third of GPT-2 124M's memory."""
+    Unless the user has configured PyTorch's allocator, it is set to map memory page by page: with fixed segments, the
+    gaps between tensors add up to a third of GPT-2 124M's memory."""
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
     if ranks > gpus:
         raise UserError(
@@ -69,25 +69,25 @@ def claim_gpu(local_rank):
         )
     chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
     if not chosen and sys.platform == "linux":
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # is read at the first call of CUDA
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at the first CUDA call
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
 def compile_model(model, wanted, device):
-    """torch.compile(model), if wanted or, where that is None, on CUDA; otherwise the model itself, which is also what
-    remains, with a warning, where this machine cannot compile. A run begins with a fresh compiler: it takes a limited
-    number of shapes, of all runs in a process together."""
+    """torch.compile(model) if wanted or, if that is None, on CUDA; else the model itself, as also, with a warning, on a
+    machine that cannot compile. The compiler is reset first: it is limited to a number of shapes, which all runs of a
+    process share."""
     if not (device.type == "cuda" if wanted is None else wanted):
         return model
     torch.compiler.reset()
     try:
-        torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel takes all that the others take
+        torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel needs all that the others need
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         say(
-            f"warning: torch.compile is off: {reason}. It takes a C++ compiler and Python.h (apt-get install g++ "
+            f"warning: torch.compile is off: {reason}. It needs a C++ compiler and Python.h (apt-get install g++ "
             "python3-dev), on CUDA also triton and a GPU of compute capability 7.0"
         )
         return model
@@ -95,8 +95,8 @@ def compile_model(model, wanted, device):
 
 
 def flash_attention():
-    """A context for lengths that change: attention by any kernel but cuDNN's, which comes first on Hopper and makes a
-    plan for each new length, 23 to 37 ms. Compiled code, whose lengths are fixed, stays outside."""
+    """A context for lengths that change: attention by any kernel but cuDNN's, which is preferred on Hopper and makes a
+    plan for each new length, in 23 to 37 ms. Compiled code, whose lengths are fixed, runs without it."""
     kernels = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE
     return sdpa_kernel(list(kernels))
 

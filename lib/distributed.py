@@ -1,5 +1,5 @@
 """
-What the ranks of a run need besides torch.distributed; alone, without torchrun, there is one.
+Helpers for the ranks of a run, beyond torch.distributed. Without torchrun there is a single rank.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-SETUP_TIMEOUT = 1800  # seconds: building data, compiling and closing a tracker take their time
+SETUP_TIMEOUT = 1800  # seconds: building data, compiling and closing a tracker take a while
 
 
 def torchrun_ranks():
@@ -22,18 +22,18 @@ def torchrun_ranks():
 
 
 def new_store(rank, world_size, timeout):
-    """A part of torchrun's store that is new, and the same on all ranks.
+    """A fresh namespace in torchrun's store, the same on all ranks.
 
-    The store outlives a restart, with the addresses of dead ranks in it, and each machine counts its restarts apart. So
-    each rank writes a name that it made up. All names together name the start once all ranks have signed them: those
-    among them that a restart left behind are signed by nobody.
+    The store outlives a restart, with the addresses of dead ranks in it, and each machine counts its own restarts. So
+    each rank writes a random name. The hash of all names identifies this start once every rank has signed it; a hash
+    that includes a name from an earlier start is never signed by all.
     """
     store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
     return store_of_this_start(store, rank, world_size, timeout)
 
 
 def store_of_this_start(store, rank, world_size, timeout):
-    store.delete_key("exception_dump")  # of NCCL's watchdog, which has no prefix: new ranks that find it abort, too
+    store.delete_key("exception_dump")  # from NCCL's watchdog, without a prefix: new ranks that find it abort, too
     store.set(f"name of {rank}", uuid.uuid4().hex)
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -43,11 +43,11 @@ def store_of_this_start(store, rank, world_size, timeout):
         if start.check([f"signed by {r}" for r in range(world_size)]):
             return start
         time.sleep(0.2)
-    raise TimeoutError(f"not all of {world_size} ranks have started within {timeout} s")
+    raise TimeoutError(f"not all {world_size} ranks started within {timeout} s")
 
 
 def set_timeout(seconds):
-    """How long ranks wait from now on for one that is dead or hung."""
+    """Set how long ranks wait for one that is dead or hung."""
     if dist.is_initialized():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
@@ -58,14 +58,14 @@ def wait_for_all():
 
 
 def sum_over_ranks(tensor):
-    """Sum a tensor over all ranks in place and return it; alone, it is the sum."""
+    """Sum a tensor over all ranks in place and return it; with a single rank, it is unchanged."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def group_device():
-    """Where tensors must be for the ranks to sum them: NCCL takes those of GPUs only."""
+    """The device on which tensors are summed over ranks: NCCL takes GPU tensors only."""
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
@@ -74,7 +74,7 @@ def is_main_rank():
 
 
 def from_rank_0(value):
-    """Plain data of rank 0, on every rank."""
+    """Return rank 0's value, plain data, on every rank."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)

@@ -1,5 +1,5 @@
 """
-Optimizers: several as one, and the state of any from a checkpoint, which may be damaged, forged, or of another one.
+Several optimizers as one, and loading their state from a checkpoint that may be damaged, forged, or not theirs.
 """
 
 import copy
@@ -33,14 +33,17 @@ class Optimizers:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
 
-def keep_ratios(optimizer, max_lr):
-    """Note in each parameter group the ratio of its rate to max_lr, which the schedule then keeps."""
+def as_one(optimizer, max_lr):
+    """Combine an optimizer, or a list of several, into one, and store in each parameter group the ratio of its learning
+    rate to max_lr, which the schedule preserves."""
+    optimizer = Optimizers(*optimizer) if isinstance(optimizer, list | tuple) else optimizer
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / max_lr if max_lr else 1.0
+    return optimizer
 
 
 def settings_of(optimizer):
-    """The settings of each parameter group as plain data, such as betas and weight_decay, but the learning rate, which
+    """The settings of each parameter group as plain data, such as betas and weight_decay; not the learning rate, which
     every step sets."""
     return [
         {name: value for name, value in group.items() if isinstance(value, PLAIN) and name not in ("lr", "lr_scale")}
@@ -58,8 +61,8 @@ def parts_of(optimizer):
 
 
 def make_moments(optimizer):
-    """Give AdamW its moments now. Its first step would make them in the gaps between that step's gradients, and those
-    of the next would not find the room any more that the rehearsal found. Other optimizers make theirs in a step."""
+    """Allocate AdamW's moments now. Its first step would place them in the gaps between that step's gradients, and the
+    next step's gradients would not find the memory that the rehearsal found. Other optimizers allocate in a step."""
     for part in parts_of(optimizer):
         groups = part.param_groups if type(part) is torch.optim.AdamW else []
         for group in [] if any(group["amsgrad"] for group in groups) else groups:
@@ -69,7 +72,7 @@ def make_moments(optimizer):
 
 
 def expected_state(optimizer):
-    """What this optimizer keeps for each of its parameters, as dicts: a copy of it takes a step to find out."""
+    """The state that this optimizer keeps for each of its parameters, as dicts, found by stepping a copy of it."""
     make_moments(optimizer)
     trial = optimizer
     if not optimizer.state:
@@ -82,7 +85,7 @@ def expected_state(optimizer):
 
 
 def missing_state(optimizer):
-    """Tensors like those that the first step will make, to see whether there is room for them."""
+    """Tensors like those that the first step will allocate, to check that they fit in memory."""
     return [
         torch.empty_like(value)
         for part in parts_of(optimizer)
@@ -94,11 +97,11 @@ def missing_state(optimizer):
 
 
 def load_optimizer(optimizer, state, trained, settings=None):
-    """Load a state_dict into an optimizer; that of a `trained` model must hold something for every parameter.
+    """Load a state_dict into an optimizer; if the model is `trained`, it must have state for every parameter.
 
-    settings: settings_of the optimizer that the run began with. What this one has otherwise was changed since then and
-    is kept; without them, all of this one's are. Raises UserError unless every tensor has the shape that this optimizer
-    gives it: a fused kernel would read beyond it.
+    settings: settings_of the optimizer that the run began with. Where this optimizer differs from them, the user has
+    changed a setting since, and the new value is kept; without them, all of its own are. Raises UserError unless every
+    tensor has the shape that this optimizer gives it: a fused kernel would read out of bounds.
     """
     try:
         if isinstance(optimizer, Optimizers):
@@ -111,7 +114,7 @@ def load_optimizer(optimizer, state, trained, settings=None):
         for index in [i for i, shapes in enumerate(expected) if shapes and (trained or state["state"])]:
             found = shapes_of(state["state"].get(index, {}))
             if found != expected[index]:
-                raise ValueError(f"of parameter {index} it has the shapes {found}, not {expected[index]}")
+                raise ValueError(f"for parameter {index} it has the shapes {found}, not {expected[index]}")
         if unknown := [index for index in state["state"] if index not in range(len(expected))]:
             raise ValueError(f"it has state of parameters {unknown}, beyond the {len(expected)} of the model")
         groups = []
@@ -123,6 +126,6 @@ def load_optimizer(optimizer, state, trained, settings=None):
         optimizer.load_state_dict({**state, "param_groups": groups})
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(
-            f"cannot resume: the checkpoint's optimizer is not the one of this code: {error}. To go on from its "
+            f"cannot resume: the checkpoint's optimizer does not match this code's: {error}. To continue from its "
             "weights with another optimizer, start a new run: --init_from CHECKPOINT --log_dir ANOTHER_FOLDER"
         ) from None

@@ -12,23 +12,23 @@ from lib.files import ROOT
 
 EOT = 50256  # <|endoftext|>, the one special token of GPT-2, and the last
 VOCAB_SIZE = EOT + 1  # tokens; a model may have more ids, which only pad its matrices
-# what \s is to tiktoken; to Python it is four characters more
+# \s in tiktoken; Python's has four characters more
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-LONG = 500_000  # characters of white space; tiktoken ends with an error at a run of 1,000,000
+LONG = 500_000  # characters of white space; tiktoken fails on a run of 1,000,000
 LONG_RUN = re.compile(f"[{WHITE_SPACE}]{{{LONG},}}")
 LONGEST_WORD = 1 << 22  # characters: 2 s and 200 MB; four times the time and five times the memory for a word of 30 MB
 
 
 @functools.cache
 def get_tokenizer():
-    """The GPT-2 BPE as a tiktoken.Encoding, from assets/: tiktoken's own is a download, and clusters are offline."""
+    """The GPT-2 BPE as a tiktoken.Encoding, from assets/: tiktoken itself downloads it, and clusters are offline."""
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
     from tiktoken_ext.openai_public import r50k_pat_str
 
     class Encoding(tiktoken.Encoding):
         def encode_ordinary(self, text):
-            return encode(text).tolist()  # tiktoken's own ends with a panic where encode() does not
+            return encode(text).tolist()  # tiktoken's own panics where encode() does not
 
     return Encoding(
         "gpt2",
@@ -43,9 +43,9 @@ def get_tokenizer():
 
 
 def cut(text, start, end):
-    """Where a text can be cut in two without a change of its tokens, as far as possible below `end` and above `start`:
-    before a run of white space, which in GPT-2's pattern only begins a match or is all of it. Without any: `end`."""
-    for low in (max(start, end - 1000), start):  # to look at the last characters is enough, most of the time
+    """The last place between `start` and `end` where a text can be cut without changing its tokens: before a run of
+    white space, which in GPT-2's pattern only begins a match or is all of it. Without any, `end`."""
+    for low in (max(start, end - 1000), start):  # looking at the last characters is usually enough
         last = max(text.rfind(space, low, end) for space in WHITE_SPACE)
         place = start + len(text[start : last + 1].rstrip(WHITE_SPACE))
         if place > start:
@@ -54,10 +54,10 @@ def cut(text, start, end):
 
 
 def pieces(text):
-    """Cut a long text where that changes no token, so that tiktoken can take it and needs little memory.
+    """Cut a long text where that changes no token, so that tiktoken can encode it, with little memory.
 
     A run of white space is cut before its last character, which belongs to the word that follows: the end of a text is
-    found without going back.
+    found without backtracking.
     """
     start = 0
     runs = [run.end() - 1 for run in LONG_RUN.finditer(text) if run.end() < len(text)]
@@ -84,5 +84,5 @@ def encode(text):
         return np.concatenate([tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)])
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a panic of tiktoken's Rust is no Exception
+    except BaseException as error:  # a panic in tiktoken's Rust is not an Exception
         raise UserError(f"the tokenizer fails on {len(text):,} characters that begin {text[:40]!r}: {error}") from None

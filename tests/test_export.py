@@ -188,7 +188,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path):
     contents = torch.load(checkpoint)
     small = GPT(GPTConfig(8, 512, 1, 1, 8))
     wide, small = {**contents["config"], "n_embd": 64}, {"model": small.state_dict(), "config": asdict(small.config)}
-    for change, message in (({"config": wide}, "does not fit its config"), (small, "knows 512 ids")):
+    for change, message in (({"config": wide}, "does not match its config"), (small, "has a vocabulary of 512 ids")):
         write_checkpoint(tmp_path / "other.pt", {**contents, **change})
         with pytest.raises(UserError, match=message):
             export(str(tmp_path / "other.pt"), str(tmp_path / "out"))
@@ -206,7 +206,7 @@ def copy_with(folder, target, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [({"activation_function": "relu"}, "activation_function relu, not gelu_new"), ({"n_layer": 3}, "does not fit"),
-     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "cannot be made from its config"),
+     ({"model_type": "llama"}, "model_type llama, not gpt2"), ({"n_head": 5}, "cannot be built from its config"),
      ({"n_embd": "wide"}, "n_embd 'wide' in its config: it must be 1 or more")],
 )  # fmt: skip
 def test_another_model_is_refused(folder, tmp_path, changes, message):
@@ -274,11 +274,13 @@ def test_an_export_that_computes_something_else_is_refused(checkpoint, tmp_path)
 def test_weights_that_gpt2_does_not_have_are_refused(checkpoint, tmp_path):
     model = GPT(GPTConfig(8, 50304, 1, 1, 8))
     model.transformer["h"][0].ln_3 = torch.nn.LayerNorm(8)
-    with pytest.raises(UserError, match=r"not GPT-2 any more: it has, or lacks, transformer\.h\.0\.ln_3\.bias"):
+    with pytest.raises(
+        UserError, match=r"no longer GPT-2: additional or missing weights, transformer\.h\.0\.ln_3\.bias"
+    ):
         write_folder(tmp_path / "out", model, lambda parameters: "")
     model = GPT(GPTConfig(8, 50304, 1, 1, 8))
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.1)
-    with pytest.raises(UserError, match=r"not GPT-2 any more: its head, lm_head\.weight, is not its embedding"):
+    with pytest.raises(UserError, match=r"no longer GPT-2: its head, lm_head\.weight, differs from its embedding"):
         write_folder(tmp_path / "out", model, lambda parameters: "")
     assert not list(tmp_path.iterdir())
 
@@ -309,13 +311,13 @@ def test_it_says_whether_it_was_compared(checkpoint, tmp_path, capsys, monkeypat
 def test_the_model_card_says_that_the_code_was_edited(checkpoint):
     contents = {**load_checkpoint(checkpoint), "commit": "abc123+changes"}
     card = export_hf.model_card(contents, checkpoint, 1e6)
-    assert "trained with train_gpt2.py at commit abc123, whose code was edited since." in card
+    assert "trained with train_gpt2.py at commit abc123 with uncommitted changes." in card
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_refused(checkpoint, folder, tmp_path):
     with pytest.raises(UserError, match=r"exported is exported already: copy it"):
         export(folder, tmp_path / "out")
-    with pytest.raises(UserError, match=r"is a folder: give a checkpoint, as model_00440\.pt in it"):
+    with pytest.raises(UserError, match=r"is a folder: give a checkpoint in it, as model_00440\.pt"):
         export(checkpoint.parent, tmp_path / "out")
 
 

@@ -267,7 +267,7 @@ def test_a_disk_that_stays_full_is_an_error_and_the_rerun_is_exact(small, log_di
             out = ends_with("could not be saved.*make room in .* and resume", small(val_every=0), capsys)
             monkeypatch.undo()
             assert "All is in" not in out and "next:" not in out and "No space left on device" in out
-            assert ("log.txt lacks its last records, from 0 on" in out) == (step == 0)
+            assert ("log.txt lacks its last records, from step 0 on" in out) == (step == 0)
             ends_with("could not be saved|cannot rewrite .*No space", small(val_every=0, init_from="resume"), capsys)
             free(log_dir)
             main(small(val_every=0, init_from="resume"))
@@ -378,7 +378,7 @@ def test_shards_that_go_away_are_named_and_the_resume_is_exact(
     at_step(monkeypatch, {6}, act)
     ends_with(r"data/tiny_train_00000\d.npy.*[Rr]estore it.* and resume", small(), capsys)
     monkeypatch.undo()
-    ends_with("no .*train.* shards in|is not a whole token shard", small(init_from="resume"), capsys)
+    ends_with("no .*train.* shards in|is not a complete token shard", small(init_from="resume"), capsys)
     shutil.rmtree(data, ignore_errors=True)
     copy.rename(data)
     main(small(init_from="resume"))
@@ -526,7 +526,7 @@ def test_a_checkpoint_of_other_knobs_resumes_and_says_so(small, log_dir, undistu
 def test_weights_with_too_little_room_are_refused_with_the_remedy(small, tmp_path, undisturbed, capsys):
     path = str(undisturbed / "model_00012.pt")
     for flags in (dict(sequence_length=64), dict(vocab_size=1024), dict(vocab_size=50304)):
-        message = "has room for 32 tokens and 512 ids: lower sequence_length from .* and vocab_size from"
+        message = "has a block_size of 32 and a vocab_size of 512: lower sequence_length from .* and vocab_size from"
         ends_with(message, small(init_from=path, **flags), capsys)
     main(small(init_from=path, sequence_length=16, n_embd=64, max_steps=1))  # less is fine, and its sizes count
 
@@ -546,7 +546,7 @@ def test_a_bad_line_in_the_log_is_moved_away_and_the_records_stay(line, small, l
     (log_dir / "log.txt").write_bytes(b"\n".join([*lines[:5], line, *lines[5:]]))
     main(small(init_from="resume"))
     out = capsys.readouterr().out
-    assert re.search(r"log.txt: \d+ lines, of step 8 or later or no records, moved to log_dropped.txt", out)
+    assert re.search(r"log.txt: \d+ lines, from step 8 on or not records, moved to log_dropped.txt", out)
     assert line in (log_dir / "log_dropped.txt").read_bytes().split(b"\n")
     assert_same_run(undisturbed, log_dir, 12)
 

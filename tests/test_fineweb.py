@@ -663,5 +663,5 @@ def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path):
     read_until(process, "tokens/s")
     process.send_signal(signal.SIGINT)
     output = finish(process)
-    assert process.returncode == -signal.SIGINT and "goes on after the last finished shard" in output
+    assert process.returncode == -signal.SIGINT and "resumes after the last finished shard" in output
     assert "Traceback" not in output and not list((tmp_path / "out").glob("*.tmp"))

@@ -112,7 +112,7 @@ def test_labels_may_be_text_as_in_the_hubs_own_data_set_and_blank_lines_are_none
     "change, words",
     [
         ({"label": ""}, "test split"), ({"label": "4"}, "label 4"), ({"label": 2.5}, "2.5"), ({"label": True}, "True"),
-        ({"label": None}, "None"), ({"endings": ["a"] * 3}, "3 endings"), ({"ctx": 5}, "no text"),
+        ({"label": None}, "None"), ({"endings": ["a"] * 3}, "3 endings"), ({"ctx": 5}, "not text"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_wrong_is_said_with_the_start_of_its_line(change, words, tmp_path):

@@ -219,8 +219,8 @@ def test_no_network_is_said_with_the_remedy(build, environment, tmp_path):
 def test_a_finished_folder_is_checked_without_the_network(build, hub, environment, tmp_path):
     assert build().returncode == 0
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    assert "every size is right" in build().stdout
-    assert "every sha256 is right" in build("--verify").stdout
+    assert "every size is correct" in build().stdout
+    assert "every sha256 is correct" in build("--verify").stdout
     shard = tmp_path / "out" / "texts_train_000001.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -272,7 +272,7 @@ def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_pat
     assert content(tmp_path / "out") == {**BINS, "manifest.json": manifest}
     assert json.loads(manifest)["documents"] == 1500 and json.loads(manifest)["complete"]
     assert hub.requests["GET", "edu_train_000001.bin"] == 1
-    assert "every sha256 is right" in build("--verify").stdout
+    assert "every sha256 is correct" in build("--verify").stdout
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_the_number_of_heads_is_never_guessed(name, files, tmp_path):
 
 REFUSED = {
     "whole.pt": "loading it would run code: __main__.GPT. To import it, in the program that made it, save plain data",
-    "untied.pt": "lm_head.weight and transformer.wte.weight differ, which this code ties",
+    "untied.pt": "lm_head.weight and transformer.wte.weight differ, but this code ties them",
     "relu.pt": "fields that this code does not know.* activation='relu'",
     "relu_dict.pt": "fields that this code does not know.* activation='relu'",
     "relu_flag.pt": "fields that this code does not know.* use_relu=True",
@@ -73,15 +73,15 @@ REFUSED = {
     "rotary.pt": "no matrix transformer.wpe.weight",
     "extra.pt": r"transformer.h.0.ln_3.weight",
     "lost_bias.pt": r"transformer.h.1.ln_1.bias",
-    "letters.pt": "knows 65 ids",
+    "letters.pt": "has a vocabulary of 65 ids",
     "other.pt": "holds no weights of a GPT-2",
     "list.pt": "holds a list, not a dict with weights",
-    "cut.pt": "cut off, damaged, or of another kind",
-    "cut.safetensors": "cut off, damaged, or of another kind",
-    "text.pt": "cut off, damaged, or of another kind",
-    "empty.pt": "cut off, damaged, or of another kind",
-    "cut.bin": r"has 3,247,868 bytes, not the 3,247,872 of the model in its header",
-    "version.bin": "not of the versions 1, 3 or 5, which this reads",
+    "cut.pt": "truncated, damaged, or of an unknown kind",
+    "cut.safetensors": "truncated, damaged, or of an unknown kind",
+    "text.pt": "truncated, damaged, or of an unknown kind",
+    "empty.pt": "truncated, damaged, or of an unknown kind",
+    "cut.bin": r"has 3,247,868 bytes, not the 3,247,872 that its header implies",
+    "version.bin": "not of version 1, 3 or 5, which can be read",
     "state.bin": "with the optimizer's state, not with a model",
     "shard.bin": "with tokens, not with a model",
     "nowhere.pt": "No such file",
@@ -165,7 +165,7 @@ def test_only_a_wrong_digest_is_called_damage(files, tmp_path):
     contents = {"model": {}, "optimizer": {}, "config": {}, "train_config": {}, "step": 1}
     write_checkpoint(tmp_path / "ours.pt", contents)
     whole = (tmp_path / "ours.pt").read_bytes()
-    foreign = "is not written by this trainer, or cut off: import it with python -m tools.import_model"
+    foreign = "was not written by this trainer, or is truncated: import it with python -m tools.import_model"
     for content, message in (
         ((files / "tutorial.pt").read_bytes(), foreign),
         (whole[:-1], foreign),

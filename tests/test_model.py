@@ -211,7 +211,9 @@ def test_from_pretrained_through_the_hub_cache(tmp_path):
     torch.save(idx, tmp_path / "idx.pt")
     (tmp_path / "gpt2").mkdir()
     result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env, cwd=tmp_path)
-    assert result.returncode == 0 and "the one in this folder is written ./gpt2" in result.stdout, result.stdout
+    assert result.returncode == 0 and "for the local file or folder of that name, write ./gpt2" in result.stdout, (
+        result.stdout
+    )
     assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
 
 

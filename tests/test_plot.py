@@ -139,7 +139,7 @@ def test_where_steps_go_back_the_later_records_count(tmp_path, capsys):
     records = read_log(write_log(tmp_path, text))
     assert records["val"] == {0: 9} and records["train"][1] == 6 and np.isnan(records["train"][2])
     said = capsys.readouterr().out
-    assert "goes back from step 2 to 1" in said and "2 lines that are no records" in said
+    assert "goes back from step 2 to 1" in said and "2 lines that are not records" in said
 
 
 @pytest.mark.parametrize("text", ["", "5 train 3.", "nothing\n"])

@@ -113,7 +113,7 @@ def test_damaged_checkpoints_are_named_and_the_run_falls_back(kind, tiny, tmp_pa
     capsys.readouterr()
     main(tiny(checkpoint_every=5, init_from="resume"))
     out = capsys.readouterr().out
-    word = "damaged" if kind == "flipped" else "not written by this trainer, or cut off"
+    word = "damaged" if kind == "flipped" else "not written by this trainer, or is truncated"
     assert f"model_00020.pt is {word}" in out and "resuming at step 15" in out
     assert read_log(tmp_path / "log") == whole
     for path in (tmp_path / "log").glob("*.pt"):

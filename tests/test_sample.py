@@ -173,9 +173,9 @@ REFUSALS = {
     "num_samples is 0": {"num_samples": 0},
     "no device 'gpu' here": {"device": "gpu"},
     "Name another file": {"prompt": "FILE:nowhere"},
-    "no UTF-8 text": {"prompt": "a\udcff"},
-    "is no checkpoint, no exported folder": {"model": "nowhere"},
-    "is not written by this trainer": {"model": str(ROOT / "README.md")},
+    "not UTF-8 text": {"prompt": "a\udcff"},
+    "is not a checkpoint, an exported folder": {"model": "nowhere"},
+    "was not written by this trainer": {"model": str(ROOT / "README.md")},
     "config.json": {"model": str(ROOT / "lib")},
 }
 
@@ -190,9 +190,9 @@ def test_a_model_without_the_whole_vocabulary_is_refused(tmp_path, checkpoint):
     contents = {**torch.load(checkpoint), "model": random_model().state_dict(), "config": asdict(random_model().config)}
     write_checkpoint(tmp_path / "model_00003.pt", contents)
     write_items(tmp_path / "items.jsonl", 2)
-    with pytest.raises(UserError, match="knows 1000 ids"):
+    with pytest.raises(UserError, match="has a vocabulary of 1000 ids"):
         sample.run(arguments(str(tmp_path / "model_00003.pt")))
-    with pytest.raises(UserError, match="knows 1000 ids"):
+    with pytest.raises(UserError, match="has a vocabulary of 1000 ids"):
         hellaswag.run(tmp_path / "model_00003.pt", "cpu", tmp_path / "items.jsonl", None)
 
 

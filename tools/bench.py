@@ -1,13 +1,13 @@
 """
-What each optimization buys on this machine: one training step, one optimization more in every row. No data needed.
+What each optimization gains on this machine: a training step, with one more optimization in every row. No data needed.
 
     python -m tools.bench --json bench.json --plot bench.png
 
-A row trains the same model on the same random tokens: forward, backward, clipping, AdamW; its steps alternate with
-those of the row above, so that their ratio means something on a machine that drifts. Then all rows at once against none
-from the same weights, Hugging Face's GPT-2 in the same loop, and HellaSwag batched against one item at a time. Times
-are medians; MFU counts 6N + 6LCT operations a token over the datasheet's 16-bit peak. The shape is GPT-2 124M on CUDA
-and the demo's on CPU.
+Every row trains the same model on the same random tokens: forward, backward, clipping, AdamW. Its steps alternate with
+those of the row above, so that their ratio holds even if the machine's speed drifts. Then follow all optimizations
+against none from the same weights, Hugging Face's GPT-2 in the same loop, and HellaSwag batched against one item at a
+time. Times are medians; MFU counts 6N + 6LCT operations per token over the datasheet's 16-bit peak. The shape is GPT-2
+124M on CUDA and the demo's on CPU.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, choose_dtype
 
 
 def one_at_a_time(model, item, device):
-    """The tutorial's way: four rows, the logits of all their tokens. Returns the ending of the lowest mean loss."""
+    """The tutorial's way: four rows, with logits for all tokens. Returns the ending with the lowest mean loss."""
     _, tokens, mask, _ = hellaswag.render_example(item)
     tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
     with flash_attention():  # as hellaswag.py
@@ -41,7 +41,7 @@ def one_at_a_time(model, item, device):
 
 @torch.no_grad()
 def hellaswag_speed(device, config, count):
-    """Seconds for `count` items of HellaSwag's lengths, in random words, and the answers that agree."""
+    """Seconds for `count` items of HellaSwag's lengths, made of random words, and how many answers agree."""
     choose, words = random.Random(0), ("the", "man", "is", "on", "with", "then", "runs", "water")
 
     def text(shortest, longest):
@@ -74,13 +74,13 @@ def draw_plot(path, figures):
     bars = axes.barh([row["row"] for row in rows], [row["tokens_per_second"] for row in rows])
     axes.bar_label(bars, [f" x {row['speedup']:.2f}" for row in rows])
     axes.margins(x=0.1)
-    axes.set(xlabel="tokens/s; beside the bar: times the row above, their steps alternating")
-    axes.set(title=f"One optimization more in every row ({figures['device']}, {figures['torch']})")
+    axes.set(xlabel="tokens/s; beside the bar: speedup over the row above, steps alternating")
+    axes.set(title=f"One more optimization in every row ({figures['device']}, {figures['torch']})")
     figure.savefig(path, dpi=150)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure what each optimization buys", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Measure what each optimization gains", allow_abbrev=False)
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, at most (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a row (default: %(default)s)")
     parser.add_argument("--json", help="write all figures to this file")
@@ -97,7 +97,7 @@ def main():
     generator, tokens = torch.Generator(device).manual_seed(0), batch * config.sequence_length
 
     def draw():
-        """Tokens of which few are frequent, as in text, so that there is something to learn."""
+        """Random tokens, a few of them frequent, as in text, so that there is something to learn."""
         shape = batch, config.sequence_length + 1
         rows = (torch.rand(shape, generator=generator, device=device) ** 8 * 50257).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -120,8 +120,8 @@ def main():
             Path(expand(args.json)).write_text(json.dumps(figures, indent=1) + "\n")
         if args.plot:
             draw_plot(expand(args.plot), figures)
-    except (OSError, ValueError) as error:  # ValueError: no format of a picture
-        raise UserError(f"cannot write the figures, which stand above: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: not a picture format
+        raise UserError(f"cannot write the figures, which are printed above: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-Can the disk and the loader feed the GPUs? Sequences per second from your shards, out of the page cache and from disk.
+Can the disk and the loader feed the GPUs? Sequences per second from your shards, from disk and from the page cache.
 
     python -m tools.bench_loader --data_dir edu_fineweb10B --ranks 8
 
 Each rank is a process that takes batches as train_gpt2.py does: random sequences of the whole stream. First cold, with
-the shards dropped from the page cache (on Linux; a cache of the disk itself or of the machine below stays), then the
-same batches warm. A step waits for a batch only where it takes longer than what the device does meanwhile.
+the shards dropped from the page cache (on Linux; caches of the disk or of a virtual machine's host remain), then
+the same batches warm. A step waits for a batch only if that takes longer than the device's work in the meantime.
 """
 
 import argparse
@@ -24,13 +24,13 @@ GPU = 553_000  # tokens/s of GPT-2 124M on one H200
 
 
 def drop_page_cache(folder):
-    """Have the system forget the shards, where it can."""
+    """Drop the shards from the page cache, if the system can."""
     for shard in folder.shards["train"] if hasattr(os, "posix_fadvise") else ():
         os.posix_fadvise(open_file(shard.path).fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_batches(rank, ranks, folder, B, T, batches, barrier):
-    """One rank: the seconds of each batch, first cold, then of the same ones warm."""
+    """One rank: the seconds for each batch, first cold, then for the same batches warm."""
     torch.set_num_threads(1)
     open_file.cache_clear()
     seconds = {"cold": [], "warm": []}
@@ -52,8 +52,8 @@ def main(args):
     found = sum(shard.length for shard in folder.shards["train"]) // args.T
     say(f"{found:,} sequences of {args.T} tokens in {args.data_dir}/, {args.batches} batches of {args.B} a rank")
     if not hasattr(os, "posix_fadvise"):
-        say("this system cannot drop the shards from the page cache: cold is warm here")
-    say("ranks | cache | ms a batch: median, slowest | sequences/s | tokens/s | times what its H200s take")
+        say("this system cannot drop the shards from the page cache: the cold figures are warm, too")
+    say("ranks | cache | ms a batch: median, slowest | sequences/s | tokens/s | times what as many H200s need")
     for ranks in sorted({1, args.ranks}):
         with multiprocessing.Manager() as manager, multiprocessing.Pool(ranks) as pool:
             shared = ranks, folder, args.B, args.T, args.batches, manager.Barrier(ranks)
@@ -71,10 +71,14 @@ def parse_args():
     config = TrainConfig()
     parser = argparse.ArgumentParser(description="Measure the loader on your shards and disk", allow_abbrev=False)
     parser.add_argument("--data_dir", default=config.data_dir, help="folder of shards (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=8, help="processes, beside 1 alone (default: %(default)s)")
-    parser.add_argument("--B", type=int, default=config.micro_batch_size, help="sequences (default: %(default)s)")
-    parser.add_argument("--T", type=int, default=config.sequence_length, help="tokens of one (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=100, help="of each rank (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=8, help="processes; 1 is measured, too (default: %(default)s)")
+    parser.add_argument(
+        "--B", type=int, default=config.micro_batch_size, help="sequences of a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--T", type=int, default=config.sequence_length, help="tokens of a sequence (default: %(default)s)"
+    )
+    parser.add_argument("--batches", type=int, default=100, help="batches of each rank (default: %(default)s)")
     args = parser.parse_args()
     if min(args.ranks, args.B, args.T, args.batches) < 1:
         parser.error("all numbers must be 1 or more")

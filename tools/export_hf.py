@@ -1,11 +1,11 @@
 """
-A checkpoint as a folder in Hugging Face's layout, which transformers, llama.cpp and the hub read.
+Export a checkpoint to a folder in Hugging Face's layout, which transformers, llama.cpp and the hub read.
 
     python -m tools.export_hf log/model_19073.pt my_gpt2
 
-Takes pip install safetensors. The folder has OpenAI's 50257 tokens, without the rows that pad the vocabulary, and goes
-wherever a checkpoint does: --init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m tools.sample my_gpt2. Where
-transformers is installed, it must compute the same from the folder as this code does, or there is no folder.
+Needs safetensors: pip install safetensors. The folder has OpenAI's 50257 tokens, without the padding rows of the
+vocabulary, and can be used like a checkpoint: --init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m
+tools.sample my_gpt2. If transformers is installed, its logits must equal this code's, or no folder is written.
 """
 
 import argparse
@@ -76,12 +76,12 @@ def write_json(path, contents, indent=None):
 
 
 def model_card(checkpoint, path, parameters):
-    """README.md: what the checkpoint, its log and the manifest of its data know of how the model came to be."""
+    """README.md: how the model was trained, from the checkpoint, its log and the manifest of its data."""
     train, step, datasets = checkpoint["train_config"], checkpoint["step"], ""
     folder = Path(train.get("data_dir", "unknown"))
     manifest = (read_manifest(folder) if os.path.isdir(folder) else None) or {}
     data = [manifest.get("source") or train.get("data_source") or str(folder)]
-    if manifest.get("asked_revision"):  # which only a data set of the hub has
+    if manifest.get("asked_revision"):  # only data sets of the hub have one
         datasets = f"\ndatasets: [{data[0]}]"
         data.append(f"at revision {manifest['revision']}")
     begin, tokens = train.get("init_from", "resume"), step * train.get("total_batch_size", 0)
@@ -92,12 +92,12 @@ def model_card(checkpoint, path, parameters):
     last = {kind: value for at, kind, value in records if int(at) == (step - 1 if kind == "train" else step)}
     if checkpoint.get("val_loss") is not None:
         last.setdefault("val", f"{checkpoint['val_loss']:.4f}")
-    names = {"train": "last training loss, nats a token", "val": "validation loss, nats a token"}
+    names = {"train": "last training loss, nats per token", "val": "validation loss, nats per token"}
     names["hella"] = "HellaSwag acc_norm, completion style"
     facts |= {names[kind]: last[kind] for kind in names if kind in last}
-    commit, _, edited = (checkpoint.get("commit") or "").partition("+")  # "+changes": they were not committed
+    commit, _, edited = (checkpoint.get("commit") or "").partition("+")  # "+changes": uncommitted ones
     origin = "trained with train_gpt2.py" + f" at commit {commit}" * bool(commit)
-    origin += ", whose code was edited since" * bool(edited)
+    origin += " with uncommitted changes" * bool(edited)
     return render_card(checkpoint["config"], parameters, origin, facts, datasets)
 
 
@@ -109,7 +109,7 @@ def render_card(config, parameters, origin, facts, datasets=""):
 
 @torch.no_grad()
 def compare(folder, model):
-    """Raise UserError where transformers computes something else from the folder than this code from the model."""
+    """Raise UserError if the logits of transformers from the folder differ from this code's from the model."""
     try:
         from transformers import GPT2LMHeadModel
         from transformers.utils import logging
@@ -117,10 +117,10 @@ def compare(folder, model):
         settings = {field.name: (getattr(model.config, field.name), field.default) for field in fields(model.config)}
         if odd := [f"{name}={v!r}" for name, (v, default) in settings.items() if name not in CONFIG and v != default]:
             raise UserError(
-                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot say. Whether it computes the same "
-                "without is compared with transformers: pip install transformers"
+                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot express. To check whether the "
+                "model computes the same without, install transformers: pip install transformers"
             ) from None
-        say("not compared with transformers, which is not installed: see that the model is GPT-2 as it was")
+        say("not compared with transformers, which is not installed: make sure that the model is still GPT-2")
         return
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -129,15 +129,15 @@ def compare(folder, model):
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     finally:
         logging.set_verbosity(verbosity)
-    T = model.config.block_size  # all positions: a model may have been changed at the far ones only
+    T = model.config.block_size  # all positions: a change of the model may affect only the far ones
     idx = torch.randint(EOT + 1, (1, T), generator=torch.Generator().manual_seed(0))
     ours, theirs = model.eval()(idx)[0][..., : EOT + 1], theirs(idx).logits
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE:  # so that NaN is refused, too
         raise UserError(
-            "transformers computes other logits from the export than this code from the model, by up to "
-            f"{difference:.3g}, where {TOLERANCE} is allowed. Hugging Face's layout cannot say how a model was "
-            "changed: share the checkpoint and its code"
+            f"transformers' logits from the export differ from this code's by up to {difference:.3g}, where "
+            f"{TOLERANCE} is allowed. Hugging Face's layout cannot express how the model was changed: share the "
+            "checkpoint and its code"
         )
     say(f"compared with transformers: the same logits on {T:,} tokens, within {difference:.1e}")
 
@@ -145,13 +145,13 @@ def compare(folder, model):
 def write_folder(folder, model, card):
     """Write the folder of a model, a GPT; card: a function of the number of parameters that returns its README.md.
 
-    It is there whole or not at all; one that is there stays the same one, for a shell in it or as a mount.
+    It appears complete or not at all. An existing empty folder is filled, not replaced: it may be a mount.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
-        raise UserError("the export takes pip install safetensors") from None
+        raise UserError("the export needs safetensors: pip install safetensors") from None
     config, weights = to_theirs(asdict(model.config), model.state_dict())
     inside = os.path.exists(folder)
     unfinished = (folder if inside else folder.parent) / f"{folder.name}.{os.getpid()}.tmp"
@@ -161,12 +161,12 @@ def write_folder(folder, model, card):
         write_json(unfinished / "generation_config.json", {"bos_token_id": EOT, "eos_token_id": EOT}, indent=2)
         write_tokenizer(unfinished, config["n_positions"])
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # it makes it private
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which save_file makes private
         text = card(sum(weight.numel() for weight in weights.values()))
         (unfinished / "README.md").write_text(text, encoding="utf-8", newline="\n")
         compare(unfinished, model)
         if inside:
-            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: it is whole
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # the last one
                 os.replace(file, folder / file.name)
         else:
             os.replace(unfinished, folder)
@@ -178,7 +178,7 @@ def write_folder(folder, model, card):
 
 
 def new_folder(name):
-    """The path of a folder to make, or UserError where it is there and not empty."""
+    """The path of a folder to create. Raises UserError if it exists and is not empty."""
     folder = Path(os.path.realpath(expand(name)))
     if os.path.exists(folder) and (not folder.is_dir() or list_folder(folder)):
         raise UserError(f"{folder} exists already and is not empty: name a new folder, or delete it")
@@ -190,7 +190,7 @@ def export(path, folder):
     if os.path.isdir(path):
         is_export = os.path.exists(path / "config.json")
         what = (
-            "is exported already: copy it" if is_export else "is a folder: give a checkpoint, as model_00440.pt in it"
+            "is exported already: copy it" if is_export else "is a folder: give a checkpoint in it, as model_00440.pt"
         )
         raise UserError(f"{path} {what}")
     checkpoint = load_checkpoint(path, mmap=True)
@@ -204,7 +204,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoint", help="a checkpoint of train_gpt2.py")
-    parser.add_argument("folder", help="the folder to make; it may be there, if it is empty")
+    parser.add_argument("folder", help="the folder to create; it may exist if it is empty")
     args = parser.parse_args()
     run_as_command(export, args.checkpoint, args.folder)
 

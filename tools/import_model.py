@@ -1,11 +1,11 @@
 """
-A GPT-2 that another program saved, as the folder that tools/export_hf.py makes.
+Import a GPT-2 that another program saved, as a folder like those of tools/export_hf.py.
 
     python -m tools.import_model build-nanogpt/log/model_19072.pt my_gpt2
     python -m tools.import_model weights.safetensors my_gpt2 --n_head 12
 
-It reads checkpoints of the tutorial and of nanoGPT, llm.c's .bin, state dicts and safetensors, and runs no code that is
-in them. The folder goes wherever a checkpoint does: --init_from my_gpt2, python -m tools.sample my_gpt2, python
+It reads checkpoints of the tutorial and of nanoGPT, llm.c's .bin, state dicts and safetensors, and runs no code from
+them. The folder can be used like a checkpoint: --init_from my_gpt2, python -m tools.sample my_gpt2, python
 hellaswag.py -m my_gpt2. The optimizer is not imported, so a run from the folder begins at step 0.
 """
 
@@ -38,8 +38,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", help="a checkpoint of another program, or weights")
-    parser.add_argument("folder", help="the folder to make; it may be there, if it is empty")
-    parser.add_argument("--n_head", type=int, help="attention heads of a block, where the file does not say")
+    parser.add_argument("folder", help="the folder to create; it may exist if it is empty")
+    parser.add_argument("--n_head", type=int, help="attention heads of a block, if the file does not say")
     args = parser.parse_args()
     run_as_command(import_model, args.file, args.folder, args.n_head)
 

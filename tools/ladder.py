@@ -1,5 +1,5 @@
 """
-The ladder of tools/bench.py: the training step from plain float32 upward, one optimization more in every row.
+The ladder of tools/bench.py: the training step from plain float32 on, with one more optimization in every row.
 """
 
 import gc
@@ -64,7 +64,7 @@ class Trainer:
 
 
 def measure(trainers, draw, steps):
-    """Let the trainers take each step in turn: (the median seconds of each, the largest difference of their losses)."""
+    """Step the trainers in turn. Returns (the median seconds of each, the largest difference of their losses)."""
     seconds, difference, warmup = [], 0.0, min(3, steps)
     for _ in range(warmup + steps):
         batch = draw()

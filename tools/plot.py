@@ -1,5 +1,5 @@
 """
-The curves of one or several runs over the tokens they have seen, beside what is published for models of their size.
+Draw the curves of runs over the tokens they have seen, beside published results for models of their size.
 
     python -m tools.plot log                                        # writes curve.png
     python -m tools.plot log other_log/log.txt --out both.png
@@ -22,17 +22,17 @@ from lib.files import atomic_write, expand
 from lib.model.published import DATASETS, OTHER, SIZES, dataset_of, published, size_of
 from lib.run.log import read_log
 
-TITLES = {  # of the panels that come first, by kind of record; those of other kinds are called by it
+TITLES = {  # of the first panels, by kind of record; the panel of any other kind has the kind as its title
     "val": "loss, nats per token", "hella": "HellaSwag, acc_norm", "lr": "learning rate",
     "norm": "gradient norm, before clipping",
 }  # fmt: skip
-FEW = 200  # records of a kind that are drawn as points; more of them as a line
+FEW = 200  # up to this many records of a kind are drawn as points, more as a line
 UNITS = {1e9: "billions of tokens", 1e6: "millions of tokens", 1e3: "thousands of tokens", 1: "tokens"}
 
 
 def read_checkpoint(log_dir):
     """Tokens of a step, size and dataset of the run whose checkpoints are in log_dir; None where none can be read."""
-    import torch  # here, since it takes seconds and the trainer gives the flags
+    import torch  # here, since it takes seconds, and the trainer gives the flags instead
 
     from lib.run.checkpoints import list_checkpoints
 
@@ -47,12 +47,12 @@ def read_checkpoint(log_dir):
 
 
 def read_run(name, tokens_per_step, size, dataset):
-    """The run of a log.txt or log_dir; what is None of it comes from a checkpoint."""
+    """The run of a log.txt or log_dir; arguments that are None come from a checkpoint."""
     path = Path(expand(name))
     path = path / "log.txt" if os.path.isdir(path) else path
     run = SimpleNamespace(records=read_log(path), path=Path(os.path.realpath(path)))
     name = run.path.parent.name if path.name == "log.txt" else path.name
-    run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # which matplotlib would take for its own
+    run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # matplotlib gives _ and $ a meaning
     given = tokens_per_step, size, dataset
     found = (read_checkpoint(path.parent) if None in given else None) or (None, OTHER, OTHER)
     run.tokens_per_step, run.size, run.dataset = (f if g is None else g for g, f in zip(given, found, strict=True))
@@ -74,8 +74,8 @@ def smooth(values):
 
 
 def curves_of_run(run, i=0, count=1):
-    """What is drawn of the i-th of several runs: (panel, tokens, values, style) of each curve. Where runs agree, one
-    still sees all of them: the earlier ones are wider, and the dashes of one lie in the gaps of the others."""
+    """Yield the curves of the i-th of several runs, (panel, tokens, values, style) each. Runs that agree stay visible:
+    the earlier ones are wider, and the dashes of one lie in the gaps of the others."""
     color, gaps, after = f"C{i % 10}", 4 * max(1, count - 1), min(2, count - 1 - i)
     line = {"color": color, "linewidth": 1 + 2 * after, "alpha": 0.8}
     points = {"color": color, "linestyle": (4 * i, (4, gaps)), "linewidth": 1.2, "marker": "osD^v"[i % 5], "zorder": 3}
@@ -106,7 +106,7 @@ def curves_of_peer(peer, color, end):
 
 
 def with_last_value(style, values, panel):
-    """The style of a curve, its label with the last of the values that are drawn."""
+    """The style of a curve, with the last of its visible values in the label."""
     if "label" not in style or not len(values):
         return style
     return {**style, "label": f"{style['label']}: {values[-1]:{'.4f' if panel in ('val', 'hella') else '.3g'}}"}
@@ -114,7 +114,7 @@ def with_last_value(style, values, panel):
 
 def draw_panel(axes, panel, curves, end, unit):
     """Draw the curves of a panel, (tokens, values, style) each, up to `end` tokens."""
-    # the loss of the first twentieth falls so deep that nothing could be told apart after it
+    # the loss falls so far in the first twentieth that the curves after it could not be told apart
     start, early, inside = end / 20 if panel in ("val", "norm") else 0, [], []
     for tokens, values, style in curves:
         axes.plot(tokens / unit, values, **with_last_value(style, values[tokens <= end], panel))
@@ -130,7 +130,7 @@ def draw_panel(axes, panel, curves, end, unit):
 
 
 def add_steps(axes, unit, tokens_per_step):
-    """A second axis, on top, that counts steps, on the scale that the first one has by then."""
+    """Add an axis on top that counts steps, with the scale that the first one has at that time."""
     functions = (lambda x: x * unit / tokens_per_step, lambda x: x * tokens_per_step / unit)
     top = axes.secondary_xaxis("top", functions=functions)
     top.set_xlabel(f"steps of {tokens_per_step:,} tokens")
@@ -138,7 +138,7 @@ def add_steps(axes, unit, tokens_per_step):
 
 
 def show_beginning(axes, curves, first, end, unit, tokens_per_step):
-    """From the `first` tokens on over their logarithm, with the values at some steps: a run can be compared early."""
+    """Use log(tokens) from `first` on, and print the values at some steps, so that a run can be compared early."""
     axes.set(xscale="log", xlim=(first / unit, end / unit))
     top = add_steps(axes, unit, tokens_per_step)
     for axis, of_axis in ((axes.xaxis, unit), (top.xaxis, tokens_per_step)):
@@ -160,9 +160,9 @@ def draw(runs, peers, out, peers_step=524288):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the picture takes matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError("plotting needs matplotlib, which is not installed: pip install matplotlib") from None
     curves = [curve for i, run in enumerate(runs) for curve in curves_of_run(run, i, len(runs))]
-    # as far as the runs have come; without one, to the end of the published ones
+    # to the end of the runs, or else of the published ones
     of_peers = [tokens for peer in peers for tokens, _ in peer.val if tokens]
     end = 1.03 * max([tokens.max() for _, tokens, _, _ in curves] or of_peers or [0]) or 1
     colors = [str(0.22 * (i % 4)) if runs else f"C{i % 10}" for i in range(len(peers))]
@@ -195,7 +195,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw the curves of runs", allow_abbrev=False)
     parser.add_argument("logs", nargs="*", metavar="LOG", help="a log.txt, or the log_dir that holds one")
     parser.add_argument("--out", default="curve.png", help="a .png, .pdf or .svg file (default: %(default)s)")
-    parser.add_argument("--tokens_per_step", type=int, help="of every LOG (default: as a checkpoint beside it says)")
+    parser.add_argument("--tokens_per_step", type=int, help="of every LOG (default: from a checkpoint beside it)")
     parser.add_argument("--size", choices=[*SIZES.values(), OTHER], help="of every LOG's model; likewise")
     parser.add_argument("--dataset", choices=[*DATASETS, OTHER], help="of every LOG; likewise")
     args = parser.parse_args(argv)

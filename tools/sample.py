@@ -1,12 +1,12 @@
 """
-Text from a model, printed as it is written.
+Sample text from a model, printed token by token.
 
     python -m tools.sample demo_log/model_00528.pt --prompt "Return the"
     python -m tools.sample gpt2 --prompt FILE:story.txt --num_samples 3 --top_p 0.9
-    python -m tools.sample log/model_19073.pt            # asks for one prompt after the other; Ctrl-D ends it
+    python -m tools.sample log/model_19073.pt            # asks for prompts; Ctrl-D exits
 
-The model is a checkpoint, a folder by tools/export_hf.py, or an OpenAI name. A text ends at <|endoftext|>. GPT-2 goes
-on with a text, it does not answer: give it the beginning of what you want to read. An empty prompt begins a new text.
+The model is a checkpoint, a folder by tools/export_hf.py, or an OpenAI name. A text ends at <|endoftext|>. GPT-2
+continues a text, it does not answer: give it the beginning of what you want to read. An empty prompt begins a new text.
 """
 
 import argparse
@@ -44,11 +44,11 @@ def read_prompt(prompt):
     except OSError as error:
         raise UserError(f"cannot read the prompt: {error}. Name another file, or give the text itself") from None
     except UnicodeError as error:
-        raise UserError(f"the prompt is no UTF-8 text ({error}): convert it, or give another") from None
+        raise UserError(f"the prompt is not UTF-8 text ({error}): convert it, or give another") from None
 
 
 def ask():
-    """Yield the lines that are typed at the terminal."""
+    """Yield lines typed at the terminal."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() then edits lines and remembers them
     with contextlib.suppress(EOFError):
@@ -57,14 +57,14 @@ def ask():
 
 
 def write(text):
-    """Print a piece of text at once, whatever the terminal's encoding."""
+    """Print a piece of text immediately, whatever the terminal's encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 
 def load(name, device):
-    """The model, ready to write, on its device."""
+    """The model, ready to sample from, on its device."""
     check_device(device)
     model = load_model(name).eval()
     check_vocabulary(name, model.config)
@@ -85,7 +85,7 @@ def run(args):
     for prompt in prompts:
         ids, room = get_tokenizer().encode_ordinary(prompt) or [EOT], model.config.block_size
         if len(ids) > room:
-            print(f"the prompt has {len(ids):,} tokens, the model sees its last {room:,}", file=sys.stderr)
+            print(f"the prompt has {len(ids):,} tokens, the model sees only the last {room:,}", file=sys.stderr)
         for number in range(args.num_samples):
             write("---------------\n" * (number > 0) + prompt)
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can span tokens
@@ -103,21 +103,25 @@ def main():
     )
     device = default_device()
     parser.add_argument("model", help="a checkpoint, an exported folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    parser.add_argument("--prompt", help="what to go on with, or FILE:name (default: standard input, or ask)")
+    parser.add_argument("--prompt", help="the text to continue, or FILE:name (default: standard input, or ask)")
     parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt (default: %(default)s)")
     parser.add_argument(
         "--max_new_tokens", type=int, default=200,
-        help="at most so many (default: %(default)s); past the model's context length each one takes longer",
+        help="tokens at most (default: %(default)s); beyond the model's context length each one takes longer",
     )  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="of the k likeliest; 0: of all (default: %(default)s)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="of the likeliest that reach this probability (default: %(default)s)"
+        "--top_k", type=int, default=50, help="sample from the k likeliest; 0: from all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="and from the likeliest of this total probability (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1337, help="the same seed, the same texts (default: %(default)s)")
     parser.add_argument("-d", "--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly under `| head`
     run_as_command(run, parser.parse_args())
 
 

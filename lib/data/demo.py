@@ -1,5 +1,5 @@
 """
-The demo corpus: text that is on every machine which can run this.
+The demo corpus: text that every machine has that can run this.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """
-The files of a Hugging Face data set, one after the other: listed at one commit, fetched, checked, deleted.
+The files of a Hugging Face data set, one after the other: listed at one commit, fetched, verified, deleted.
 
-The next file downloads while the caller works on one: the disk holds two of them at most, unless they are kept.
+The next file downloads while the caller works on one: the disk holds at most two of them, unless they are kept.
 """
 
 import errno
@@ -25,7 +25,7 @@ RETRY_DELAY = float(os.environ.get("HUB_RETRY_DELAY", 2))  # seconds before the 
 
 
 def with_retries(what, attempt):
-    """Return attempt(), tried again, with growing delays, while that can help. Raises UserError where it cannot."""
+    """Return attempt(), retried with growing delays. Raises UserError for permanent errors, and after the last try."""
     for tries in range(1, TRIES + 1):
         try:
             return attempt()
@@ -35,48 +35,48 @@ def with_retries(what, attempt):
             status = getattr(getattr(error, "response", None), "status_code", None) or 0
             reason = " ".join(str(error).split()) or repr(error)
             if isinstance(error, (TypeError, AttributeError)) or getattr(error, "errno", None) in DISK_FULL:
-                raise  # not the network's doing
+                raise  # not a network error
             if status in (401, 403, 404):
                 raise UserError(
                     f"cannot read {what} from the Hugging Face hub: {reason} Check the name and the --revision; "
-                    "a private or gated data set needs its terms accepted and the token of `hf auth login`"
+                    "a private or gated data set requires accepting its terms and logging in with `hf auth login`"
                 ) from None
-            # other 4xx are final but for a timeout and too many requests; so is the client's own offline mode
+            # permanent: other 4xx but timeouts and too many requests, and the client's own offline mode
             final = (400 <= status < 500 and status not in (408, 429)) or type(error).__name__ == "OfflineModeIsEnabled"
             if final or tries == TRIES:
                 raise UserError(
                     f"cannot read {what} from the Hugging Face hub, tried {tries} times: {reason} Check the network "
-                    "and start again, which goes on from here; without one, use local files or --source demo"
+                    "and start again to resume from here; without one, use local files or --source demo"
                 ) from None
             say(f"{what}: {reason} Trying again", sys.stderr)
             time.sleep(RETRY_DELAY * 2 ** (tries - 1))
 
 
 def choose_shards(paths, name=None):
-    """Those of a data set's files that are token shards, below a folder called `name` if one is asked for, in order;
-    none where there are tables of text, too."""
+    """The token shards among a data set's files, below a folder called `name` if one is given, in order; none if there
+    are tables of text, too."""
     paths = [path for path in paths if not name or f"/{name}/" in f"/{path}"]
     shards = [path for path in paths if path.endswith(".bin") and split_of(Path(path).name)]
     return [] if any(path.endswith(".parquet") for path in paths) else sorted(shards, key=lambda p: (p[-10:], p))
 
 
 def resolve(dataset, commit, name, split, paths):
-    """What `datasets` takes a configuration and a split of a data set to be: (their names in words, their files).
+    """Resolve a configuration and a split of a data set as `datasets` does: (their names in words, their files).
 
-    `name` is a configuration, or else a folder. Downloads no data. Raises UserError, with the choices, for a refusal.
+    `name` is a configuration, or else a folder. Downloads no data. Raises UserError if there are none.
     """
     import datasets
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # there is a warning for a data set without a card
+    logging.set_verbosity_error()  # it warns of a data set without a card
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
     def load(**which):
         try:
             builder = datasets.load_dataset_builder(dataset, revision=commit, **which)
-        except LocalEntryNotFoundError:  # the network, though it is a FileNotFoundError
+        except LocalEntryNotFoundError:  # a network error, though a FileNotFoundError
             raise
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             if getattr(error, "response", None) is not None:
@@ -117,31 +117,31 @@ def list_files(dataset, revision=None, name=None, split="train"):
         for path in chosen:
             if path not in files or not format_of(path):
                 raise UserError(
-                    f"{dataset}, {what}, holds {path}, which cannot be read here: it takes {FORMATS}. Choose another "
+                    f"{dataset}, {what}, holds {path}, which cannot be read: supported are {FORMATS}. Choose another "
                     "--name, or fetch it with hf download, convert it, and give the folder as --source"
                 )
     size = sum(files[path].size for path in chosen)
     say(f"{dataset} at {commit}: {what}, {len(chosen):,} files, {size:,} bytes")
-    # large files have a sha256; small ones only git's own hash, which check() knows by its length
+    # large files have a sha256, small ones only git's own hash; check() tells them by their length
     files = [files[path] for path in chosen]
     return commit, [{"file": f.path, "size": f.size, "hash": f.lfs.sha256 if f.lfs else f.blob_id} for f in files]
 
 
 def check(path, file):
-    """Raise OSError unless path holds what the hub says of the file."""
+    """Raise OSError unless path has the size and hash that the hub states for the file."""
     size = path.stat().st_size
     if size != file["size"]:
-        raise OSError(f"{size} bytes came, not {file['size']}.")
+        raise OSError(f"{size} bytes were received, not {file['size']}.")
     digest = hashlib.sha256() if len(file["hash"]) == 64 else hashlib.sha1(b"blob %d\0" % size)
     if hash_file(path, digest) != file["hash"]:
-        raise OSError(f"what came has the hash {digest.hexdigest()}, not {file['hash']}.")
+        raise OSError(f"the received file has the hash {digest.hexdigest()}, not {file['hash']}.")
 
 
 def fetch(dataset, commit, file, folder):
-    """Download one file into the folder, unless it is there already, and return its path once its hash is right."""
+    """Download one file into the folder, unless it is there already, verify its hash, and return its path."""
     from huggingface_hub import hf_hub_download, utils
 
-    utils.disable_progress_bars()  # there is one bar, the caller's
+    utils.disable_progress_bars()  # the caller has its own
     path = folder / file["file"]
 
     def attempt():
@@ -149,7 +149,7 @@ def fetch(dataset, commit, file, folder):
             hf_hub_download(dataset, file["file"], repo_type="dataset", revision=commit, local_dir=folder)
             check(path, file)
         except OSError:
-            path.unlink(missing_ok=True)  # the client would take a wrong file that lies there for the right one
+            path.unlink(missing_ok=True)  # the client would accept a wrong file that is there
             raise
         return path
 
@@ -169,7 +169,7 @@ def fetch_in_turn(dataset, commit, files, folder, first=0, keep=False):
         threading.Thread(target=run, daemon=True).start()  # a daemon: Ctrl-C does not wait for 2 GB
         return future
 
-    for file in files[: 0 if keep else first]:  # left by a build that was killed
+    for file in files[: 0 if keep else first]:  # left by a killed build
         (folder / file["file"]).unlink(missing_ok=True)
     for stale in folder.rglob("*.incomplete"):
         stale.unlink()

@@ -15,14 +15,14 @@ from lib.console import UserError, say
 from lib.data.shards import SHARD_NAME, open_shard, split_of
 from lib.files import ROOT, atomic_write, hash_file, list_folder
 
-DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone, since it is deleted whole
-# Tokens per byte of a file of English, a little above the truth (FineWeb-Edu: 0.35 as .parquet, 0.21 as .jsonl)
+DOWNLOADS = ".fineweb_download"  # in the folder of the shards; only for us, since all of it is deleted
+# Tokens per byte of English, slightly overestimated (FineWeb-Edu: 0.35 as .parquet, 0.21 as .jsonl)
 TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".json": 0.25, ".txt": 0.25, ".gz": 0.6, ".zst": 0.7, ".bin": 0.5}
-# What a manifest holds; an unfinished one also says how to go on. fineweb.py writes more, which nobody relies on
+# Required fields of a manifest, and of an unfinished one, which is resumed. fineweb.py writes others besides
 MANIFEST = {"complete": bool, "shards": list}
 UNFINISHED = {"tokens": int, "documents": int, "skipped_empty": int, "shard_size": int, "files": list, "progress": dict}
 SHARD = {"file": str, "tokens": int, "sha256": str}
-HUB_FILE = {"file": str, "size": int, "hash": str}  # what is still to be fetched
+HUB_FILE = {"file": str, "size": int, "hash": str}  # a file still to be fetched
 PROGRESS = {"file": int, "row": int, "skip": int}
 
 
@@ -34,8 +34,8 @@ def check_fields(record, fields):
 
 
 def read_manifest(folder):
-    """The manifest of a folder of shards, or None where it has none (shards made by other tools). Raises UserError
-    for one that is not as fineweb.py writes it."""
+    """The manifest of a folder of shards, or None if it has none (shards made by other tools). Raises UserError
+    for one that fineweb.py cannot have written."""
     path = Path(folder) / "manifest.json"
     try:
         content = path.read_bytes()
@@ -62,8 +62,8 @@ def read_manifest(folder):
 
 
 def find_manifest(out, wanted, verify=False):
-    """The manifest of the shards in a folder, None where there are none. Raises UserError for the shards of another
-    source or other flags, and for shards that are not what the manifest says."""
+    """The manifest of the shards in a folder, None if there are none. Raises UserError for shards of another source or
+    other flags, and for shards that do not match the manifest."""
     manifest = read_manifest(out)
     if not manifest:
         if out.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in out.iterdir()):
@@ -74,25 +74,25 @@ def find_manifest(out, wanted, verify=False):
         asked = {key: wanted[key] for key in found}
         raise UserError(
             f"{out} already holds shards of {manifest.get('source')} with {found}, not with {asked}: start again with "
-            "the flags of before, choose another --out, or delete it"
+            "the same flags as before, choose another --out, or delete it"
         )
     for shard in manifest["shards"]:
         path = out / shard["file"]
         tokens = len(open_shard(path))
         if tokens != shard["tokens"] or (verify and hash_file(path) != shard["sha256"]):
             reason = "the sha256" if tokens == shard["tokens"] else f"the {shard['tokens']:,} tokens"
-            raise UserError(f"{path} does not have {reason} that the manifest says: delete {out} and build it again")
+            raise UserError(f"{path} does not have {reason} of its manifest entry: delete {out} and build it again")
     if manifest["complete"]:
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
         say(
             f"{out} is already complete: {tokens:,} tokens in {len(manifest['shards'])} shards, "
-            + ("every sha256 is right" if verify else "every size is right (--verify computes every sha256)")
+            + ("every sha256 is correct" if verify else "every size is correct (--verify checks every sha256)")
         )
     return manifest
 
 
 def write_manifest(out, manifest, **progress):
-    """Write the manifest, with the progress of a build that goes on; returns its size in bytes."""
+    """Write the manifest, with the progress of an unfinished build; returns its size in bytes."""
     content = json.dumps({**manifest, **progress}, indent=1).encode() + b"\n"
     with atomic_write(out / "manifest.json") as file:
         file.write(content)
@@ -100,15 +100,15 @@ def write_manifest(out, manifest, **progress):
 
 
 def estimate_tokens(files):
-    """About how many tokens the files will give: for the size of a shard, the disk needed and the time left."""
+    """Estimate the number of tokens of the files: for the size of a shard, the disk needed and the time left."""
     return int(sum(f.get("tokens") or f["size"] * TOKENS_PER_BYTE[Path(f["file"]).suffix.lower()] for f in files))
 
 
 def check_disk(out, manifest, estimate, keep):
-    """Raise UserError where the disk has no room for the estimated tokens and for what is still to be fetched."""
+    """Raise UserError if the disk has no room for the estimated tokens and the files still to be fetched."""
     need = 2 * max(0, estimate - sum(shard["tokens"] for shard in manifest["shards"]))
     fetched = [f["size"] for f in manifest["files"] if "hash" in f and not (out / DOWNLOADS / f["file"]).exists()]
-    need += sum(fetched if keep else sorted(fetched)[-2:])  # without `keep` they lie there one or two at a time
+    need += sum(fetched if keep else sorted(fetched)[-2:])  # without `keep`, one or two at a time
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
@@ -121,13 +121,13 @@ def check_disk(out, manifest, estimate, keep):
 
 @contextlib.contextmanager
 def removed_if_empty(out):
-    """Leave no folder behind where an error comes before anything of worth is in it."""
+    """Remove the folder again if an error occurs before anything of value is in it."""
     try:
         yield
     except UserError:
         if not (out / "manifest.json").exists():
             (out / "lock").unlink(missing_ok=True)
-            for _ in range(20):  # the thread that fetches the next file may be at work there
+            for _ in range(20):  # the thread that fetches the next file may still write there
                 shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
                 with contextlib.suppress(OSError):  # the user's own files
                     out.rmdir()
@@ -138,13 +138,13 @@ def removed_if_empty(out):
 
 
 def build_missing(source, data_dir):
-    """Have fineweb.py make the shards of a folder that is missing or unfinished."""
+    """Have fineweb.py build the shards of a folder that is missing or unfinished."""
     manifest = read_manifest(data_dir)
-    # fineweb.py writes the manifest before the first shard: shards without one are another program's, and whole
+    # fineweb.py writes the manifest before the first shard: shards without one are another program's, and complete
     foreign = [] if manifest else [path.name for path in list_folder(data_dir)]
     if not any(map(split_of, foreign)) and not (manifest and manifest["complete"]):
         if any(name != "lock" and not name.startswith(".") and not name.endswith(".tmp") for name in foreign):
-            raise UserError(f"{data_dir}/ holds other files and no shards: make those with python fineweb.py")
+            raise UserError(f"{data_dir}/ holds other files and no shards: build them with python fineweb.py")
         command = ["fineweb.py", "--source", source, "--out", data_dir]
         say(f"{data_dir}/ is {'unfinished' if manifest else 'missing'}, building it: python {shlex.join(command)}")
         if subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode:

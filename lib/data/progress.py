@@ -1,5 +1,5 @@
 """
-How far a build of shards is.
+The progress of a build of shards.
 """
 
 import os
@@ -10,7 +10,7 @@ from lib.console import say
 
 
 class Progress:
-    """A bar on the terminal that counts tokens; where there is no terminal for it, a line every 30 seconds."""
+    """A progress bar that counts tokens; without a terminal, a line every 30 seconds."""
 
     def __init__(self, total, done):
         from tqdm import tqdm
@@ -30,7 +30,7 @@ class Progress:
             self.screen.close()
 
     def update(self, tokens, manifest, where):
-        """Count new tokens of the file called `where`, whose name may have what no terminal can show."""
+        """Count new tokens of the file called `where`, whose name may not be printable."""
         where = where.encode("ascii", "backslashreplace").decode()
         shard = f"shard {len(manifest['shards']):06d}"
         self.bar.set_postfix_str(f"{manifest['documents']:,} documents, {where}, {shard}", False)

@@ -1,8 +1,8 @@
 """
 The documents of a file: a column of a .parquet, a field of each line of a .jsonl, or a .txt.
 
-Each reader gives them from a row on, None where a row has none, so that a build that was interrupted goes on where it
-was. Memory holds a small part of the file.
+Each reader yields them from a row on, None for a row without one, so that an interrupted build resumes where it was.
+Only a small part of the file is in memory at a time.
 """
 
 import codecs
@@ -20,29 +20,29 @@ from lib.tokenizer import LONGEST_WORD, cut
 
 SUFFIX = re.compile(r"\.(parquet|(jsonl?|txt)(\.gz|\.zst)?)\Z", re.I)
 FORMATS = ".parquet, .jsonl, .json (one object a line) and .txt, the last three also as .gz or .zst"
-PIECE = 1 << 20  # characters of a .txt that are tokenized at once
-MARK = "<|endoftext|>"  # what many a .txt has between two documents
+PIECE = 1 << 20  # characters of a .txt that are tokenized together
+MARK = "<|endoftext|>"  # separates the documents in many a .txt
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# pyarrow's names of the types that hold text; old writers of .parquet do not say that their bytes are UTF-8
+# pyarrow's names of types that hold text; old writers of .parquet do not mark their bytes as UTF-8
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
-DECODER = json.JSONDecoder(parse_int=float)  # Python refuses an int of 5,000 digits; no number is a text
+DECODER = json.JSONDecoder(parse_int=float)  # int() refuses 5,000 digits; numbers are not needed
 
 
 class More(str):
-    """A text that goes on with the document before it."""
+    """A text that continues the document before it."""
 
 
 def format_of(name):
-    """ "parquet", "jsonl", "json" or "txt" by a file's name; None where there is no reader for it."""
+    """ "parquet", "jsonl", "json" or "txt" by a file's name; None if there is no reader for it."""
     match = SUFFIX.search(name)
     return match and (match[2] or match[1]).lower()
 
 
 def table_documents(path, column, row):
-    """One column of a .parquet from a row on. Row groups before it are not read; memory holds a batch at a time."""
+    """One column of a .parquet from a row on. Row groups before it are skipped; one batch is in memory at a time."""
     import pyarrow.parquet
 
-    # pyarrow would read all row groups ahead, 2 GB of a file of FineWeb-Edu
+    # pyarrow would otherwise read all row groups ahead, 2 GB of a file of FineWeb-Edu
     with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
         names, groups = table.schema_arrow.names, table.num_row_groups
         if column not in names:
@@ -61,7 +61,7 @@ def table_documents(path, column, row):
 
 
 def open_text(path):
-    """Open a file of text for reading bytes, decompressed where its name ends in .gz or .zst."""
+    """Open a file of text for reading bytes, decompressed if its name ends in .gz or .zst."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import pyarrow
@@ -81,18 +81,18 @@ def line_documents(path, column, row):
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 remedy = "fix or delete it and build it in a new --out, or name another --text_column"
                 if line.strip().startswith(b"["):
-                    remedy = "a line must be one JSON object, as jq -c '.[]' makes of a list"
+                    remedy = "a line must be one JSON object: convert a list with jq -c '.[]'"
                 raise UserError(f'{path}, line {number} has no "{column}" string: {error!r:.200}; {remedy}') from None
             yield text
 
 
 def decoded(path):
-    """The text of a .txt in blocks, its line ends as \\n. Raises UserError for what is not UTF-8."""
+    """The text of a .txt in blocks, with \\n line ends. Raises UserError if it is not UTF-8."""
     decoder, at, carry = codecs.getincrementaldecoder("utf-8")(), 0, ""
     with open_text(path) as file:
         while True:
             data = file.read(PIECE)
-            waiting = len(decoder.getstate()[0])  # the first bytes of a character
+            waiting = len(decoder.getstate()[0])  # bytes of an incomplete character
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -104,19 +104,19 @@ def decoded(path):
                     raise UserError(f"{path} is full of NUL characters, as UTF-16 is: convert it, iconv -f UTF-16LE")
             at += len(data)
             text = carry + text
-            carry = "\r" if data and text.endswith("\r") else ""  # its \n may come with the next block
+            carry = "\r" if data and text.endswith("\r") else ""  # the next block may begin with its \n
             yield text.removesuffix(carry).replace("\r\n", "\n")
             if not data:
                 return
 
 
-@functools.cache  # once is enough
+@functools.cache  # said once
 def offer_to_split():
-    say(f'{MARK} stands in a .txt and is kept as text: with --split_on "{MARK}" a document ends there')
+    say(f'{MARK} occurs in a .txt and is kept as text: with --split_on "{MARK}" a document ends there')
 
 
 def text_documents(path, split_on):
-    """The documents of a .txt, which is one unless it is told what to split on, in pieces that change no token."""
+    """The documents of a .txt, a single one unless split_on is given, in pieces that do not change the tokens."""
     kind, rest = str, ""
     for block in itertools.chain(decoded(path), [None]):
         rest += block or ""
@@ -129,7 +129,7 @@ def text_documents(path, split_on):
             rest = rest.lstrip("\n") if kind is str else rest
         elif block and MARK in block:
             offer_to_split()
-        limit = min(len(rest) - len(split_on or ""), LONGEST_WORD)  # the mark may have begun
+        limit = min(len(rest) - len(split_on or ""), LONGEST_WORD)  # a separator may have begun
         if block is not None and limit >= PIECE:
             end = cut(rest, 0, limit)
             if end < limit or limit == LONGEST_WORD:
@@ -141,8 +141,8 @@ def text_documents(path, split_on):
 
 
 def documents_of(path, column="text", row=0, split_on=None):
-    """The documents of a file from a row on, in pieces of type More after their beginning where they are long; without
-    a path, those of the demo. The rows of a .txt are its pieces."""
+    """The documents of a file from a row on, long ones in pieces, of type More after the first; without a path, those
+    of the demo. The rows of a .txt are its pieces."""
     try:
         if path is None:
             yield from demo_documents()[row:]

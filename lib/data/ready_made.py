@@ -1,5 +1,5 @@
 """
-Token shards that someone else has made and published: fetched, and copied into the folder as they are.
+Token shards that others have published: fetched, and copied into the folder unchanged.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from lib.tokenizer import EOT
 
 
 def place_shards(out, manifest, progress, paths, bar):
-    """Copy the fetched .bin files from the progress on, and list them in the manifest."""
+    """Copy the fetched .bin files from `progress` on, and list them in the manifest."""
     check_shard_set([file["file"] for file in manifest["files"]])
     write_manifest(out, manifest, progress=progress)
     for index, path in paths(progress["file"]):

@@ -10,7 +10,7 @@ import numpy as np
 from lib.console import UserError
 
 SPLITS = ("train", "val")
-# llm.c gives small data sets one .bin a split, without a number; ._NAME is what macOS adds to an archive
+# llm.c stores small data sets as one .bin per split, without a number; macOS adds a ._NAME for each file of an archive
 SHARD_NAME = re.compile(r"(?P<name>[^.].*)_(?P<split>train|val)(_\d{6}\.(npy|bin)|\.bin)")
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
@@ -28,19 +28,19 @@ def split_of(name):
 
 
 def hidden_shards(names):
-    """How many of the names would be those of shards without the dots in front."""
+    """How many of the names are those of shards, but for leading dots."""
     return sum(name.startswith(".") and split_of(name.lstrip("._")) is not None for name in names)
 
 
 def check_shard_set(paths):
-    """Raise UserError unless these token shards (.bin) can lie in one folder and have both splits."""
+    """Raise UserError unless these token shards (.bin) fit into one folder and have both splits."""
     for split in SPLITS:
         if not any(split_of(Path(path).name) == split for path in paths):
             raise UserError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
     of_name = {}
     for path in paths:
         if (other := of_name.setdefault(Path(path).name, path)) != path:
-            raise UserError(f"{other} and {path} have one name: choose the folder of one of them with --name")
+            raise UserError(f"{other} and {path} have the same name: choose the folder of one of them with --name")
 
 
 def open_shard(path):
@@ -56,5 +56,5 @@ def open_shard(path):
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
             raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a whole token shard: {error}. Fetch it again or build it again") from None
+        raise UserError(f"{path} is not a complete token shard: {error}. Fetch or build it again") from None
     return tokens

@@ -20,19 +20,19 @@ from lib.data.readers import FORMATS, LFS_POINTER, format_of
 from lib.data.shards import FINEWEB_EDU
 from lib.files import sample_hash
 
-FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned: the hub's data sets change
+FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned, since data sets on the hub change
 
 
 def hidden(name):
-    """Of an editor, a system or a trash, as .ipynb_checkpoints, ._x and __MACOSX are: never text for training."""
+    """Whether a name is an editor's or a system's, such as .ipynb_checkpoints, ._x or __MACOSX: never training text."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def walk(root):
-    """Yield (path, what os.stat says) of each file of text in a folder and below, and (path, the reason in words) of
-    what is left out, in no fixed order. Linked folders are followed, each folder once: links may lead in a circle."""
+    """Yield (path, os.stat's result) for each file of text in a folder and below, and (path, reason in words) for what
+    is left out, in no fixed order. Links to folders are followed, each folder once, since links may form a cycle."""
     folders, links, seen = deque([root]), deque(), set()
-    while folders or links:  # what is linked comes last: a folder is found under its own name
+    while folders or links:  # links last: a folder is found under its own name
         folder = folders.popleft() if folders else links.popleft()
         try:
             status = folder.stat()
@@ -50,10 +50,10 @@ def walk(root):
                 continue
             try:
                 status = path.stat()
-            except PermissionError as error:  # some folders can be listed and not entered
+            except PermissionError as error:  # some folders can be listed but not entered
                 yield path, error.strerror
                 continue
-            except OSError:  # a link to nowhere
+            except OSError:  # a broken link
                 if format_of(path.name):
                     raise
                 status = path.lstat()
@@ -65,9 +65,9 @@ def walk(root):
 
 
 def find_files(root):
-    """The files of text at a path, in order, with their sizes. Says in one line what is taken and what is left out.
+    """The files of text at a path, in order, with their sizes. Prints in one line what is taken and what is left out.
 
-    Raises UserError where there are none, and for one that cannot be read.
+    Raises UserError if there are none, and for one that cannot be read.
     """
     try:
         if root.is_dir():
@@ -99,21 +99,22 @@ def find_files(root):
 
 
 def refuse_pointers(files):
-    """Raise UserError where git-lfs has left a note of some lines in place of the file."""
+    """Raise UserError if a file is only a git-LFS pointer, a few lines in place of its content."""
     for path, size in files.items():
         if size < 1024:
             with open(path, "rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise UserError(
-                        f"{path} is only git-LFS's pointer to the text: run git lfs pull in its folder first"
+                        f"{path} is only a git-LFS pointer to the text: run git lfs pull in its folder first"
                     )
 
 
 def find_source(source, name=None, split="train", text_column="text", revision=None, split_on=None):
-    """Return (what the manifest says of the source, a function that opens it), without a look at the network.
+    """Return (what the manifest says of the source, a function that opens it), without using the network.
 
-    open(folder, manifest, keep) returns (commit, files, paths); paths(first) gives (index, path) of the files from one
-    on. A data set whose manifest is there is opened as that says; it downloads into the folder, where `keep` leaves it.
+    open(folder, manifest, keep) returns (commit, files, paths); paths(first) yields (index, path) of the files from
+    one on. A data set is opened as its manifest says, if there is one; it is downloaded into the folder, and kept there
+    with `keep`.
     """
     path = Path(os.path.expanduser(source))
     try:
@@ -121,7 +122,7 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
     except (OSError, ValueError) as error:  # no permission, a name that is too long
         raise UserError(f"cannot read {source:.300}: {error}") from None
     if (source == "demo" or exists) and (name or revision):
-        raise UserError(f"--name and --revision are for data sets on the hub, {source} is none: leave them out")
+        raise UserError(f"--name and --revision are for data sets on the hub, which {source} is not: leave them out")
     if source == "demo":
         about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
         files = [{"file": "demo", "tokens": 1_000_000}]
@@ -140,9 +141,9 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
             f"no file or folder {source}; a Hugging Face data set is written owner/name, like {FINEWEB_EDU}"
         )
     if source in (FINEWEB_EDU, "HuggingFaceFW/fineweb"):
-        name = name or "sample-10BT"  # the whole is thousands of times as much
+        name = name or "sample-10BT"  # all of it is a thousand times as much
     else:
-        say(f"there is no file or folder {source} here: it is taken as the name of a data set on the hub")
+        say(f"there is no file or folder {source} here: using the data set of that name on the hub")
     revision = revision or (FINEWEB_EDU_REVISION if source == FINEWEB_EDU else "main")
 
     def open_source(folder, manifest, keep):
@@ -159,4 +160,4 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
 
 def check_split_on(split_on, files):
     if split_on and not any(format_of(file["file"]) == "txt" for file in files):
-        raise UserError(f"--split_on {split_on!r} is for .txt files, and there are none: leave it out")
+        raise UserError(f"--split_on {split_on!r} is for .txt files, but there are none: leave it out")

@@ -5,7 +5,7 @@ The output head and its cross-entropy on CPU, a chunk of tokens at a time.
 import torch
 
 CHUNK = 512  # tokens
-buffers = {}  # room for the logits of a chunk, by vocabulary and type, kept from call to call
+buffers = {}  # reusable memory for the logits of a chunk, by vocabulary size and dtype
 
 
 def logits_buffer(vocab_size, dtype):
@@ -23,8 +23,8 @@ def chunked_cross_entropy(x, weight, targets):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The logits of 2,048 tokens take 400 MB, and on CPU allocating and sweeping them costs more than the products.
 
-    Here all chunks of all steps share one buffer, and as softmax - onehot is the gradient, they compute it on the way.
-    Targets below 0 do not count.
+    Here all chunks of all steps share one buffer, and the gradient, softmax - onehot, is computed in the forward.
+    Targets below 0 are ignored.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss -= p[tokens, ys.clamp(min=0)].float().clamp(min=1e-38).log()[ys >= 0].sum()
             if ctx.needs_input_grad[0]:
                 p[tokens, ys.clamp(min=0)] -= 1
-                p[tokens[ys < 0]] = 0  # by number: a mask would sweep all of p
+                p[tokens[ys < 0]] = 0  # by index: a mask would sweep all of p
                 torch.mm(p, w, out=dxs)
                 ctx.dw.addmm_(p.t(), xs)
         ctx.dx /= count

@@ -1,5 +1,5 @@
 """
-GPT-2 in Hugging Face's layout: the names and shapes of its config and weights, and ours; its vocabulary as text.
+GPT-2 in Hugging Face's layout: config and weights, converted to and from ours, and the vocabulary as text.
 """
 
 import json
@@ -14,7 +14,7 @@ from lib.console import UserError, say
 from lib.tokenizer import EOT, get_tokenizer
 
 CONFIG = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
-FIXED = {  # what our code computes; these are also the defaults of a config.json that does not say
+FIXED = {  # what our code computes; also the defaults of the fields that a config.json leaves out
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -26,11 +26,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # their default of 0.1 is on in training
+DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # the default in transformers is 0.1, in training
 
 
 def weight_shapes(block_size, vocab_size, n_layer, n_embd):
-    """{name: shape} of the weights of a GPT-2, by our names and in llm.c's order: kind by kind, each of all blocks."""
+    """{name: shape} of the weights of a GPT-2, by our names and in llm.c's order: kind by kind over all blocks."""
     C, shapes = n_embd, {"transformer.wte.weight": (vocab_size, n_embd), "transformer.wpe.weight": (block_size, n_embd)}
     kinds = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
     kinds |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
@@ -46,39 +46,39 @@ def transposed(name, weight):
 
 
 def to_theirs(config, weights):
-    """Our config and weights (dicts) as theirs, without the rows that pad the vocabulary. The head is not among the
-    weights: it is the embedding. Raises UserError where the weights are not those of a GPT-2."""
+    """Our config and weights (dicts) as theirs, without the padding rows of the vocabulary and without the head, which
+    is the embedding. Raises UserError if the weights are not those of a GPT-2."""
     shapes = weight_shapes(*(config[name] for name in ("block_size", "vocab_size", "n_layer", "n_embd")))
     if strange := sorted(weights.keys() - {"lm_head.weight"} ^ shapes.keys()):
-        raise UserError(f"the model is not GPT-2 any more: it has, or lacks, {', '.join(strange[:3])}")
+        raise UserError(f"the model is no longer GPT-2: additional or missing weights, {', '.join(strange[:3])}")
     wte = weights["transformer.wte.weight"]
     if not torch.equal(weights.get("lm_head.weight", wte), wte):
-        raise UserError("the model is not GPT-2 any more: its head, lm_head.weight, is not its embedding")
+        raise UserError("the model is no longer GPT-2: its head, lm_head.weight, differs from its embedding")
     theirs = {their: config[our] for our, their in CONFIG.items()}
     theirs |= {"vocab_size": EOT + 1, "bos_token_id": EOT, "eos_token_id": EOT, **FIXED, **DROPOUT}
     theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    theirs["n_ctx"] = theirs["n_positions"]  # its former name, which llama.cpp reads
+    theirs["n_ctx"] = theirs["n_positions"]  # its old name, which llama.cpp reads
     weights = {name: transposed(name, weight) for name, weight in weights.items() if name != "lm_head.weight"}
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: EOT + 1]
     return theirs, {name: weight.contiguous() for name, weight in weights.items()}
 
 
 def differences(config):
-    """What makes their config (a dict) that of a model which our code does not compute, as a list of texts."""
+    """The settings of their config (a dict) that our code does not support, as a list of texts."""
     return [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
 
 
 def to_ours(config, weights):
-    """Their config and weights (dicts) as lib.model.load.rebuild takes them. Raises UserError for another model."""
+    """Their config and weights (dicts) as lib.model.load.rebuild takes them. Raises UserError for any other model."""
     other = differences(config)
     if missing := [name for name in CONFIG.values() if name not in config]:
         other += [f"no {', '.join(missing)}"]
     if other:
-        raise UserError(f"its config is not that of a GPT-2 that this code computes: it has {'; '.join(other)}")
+        raise UserError(f"its config is not a GPT-2 that this code supports: it has {'; '.join(other)}")
     ours = {}
     for name, weight in weights.items():
         name = name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in files of former versions
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
             ours[name] = transposed(name, weight).float()
     ours.setdefault("lm_head.weight", ours.get("transformer.wte.weight"))  # rebuild refuses one that differs
     return {"config": {our: config[their] for our, their in CONFIG.items()}, "model": ours}
@@ -86,7 +86,7 @@ def to_ours(config, weights):
 
 def read_safetensors(path):
     """The tensors of a .safetensors by name: 8 bytes for the length of a JSON header, the header, then the numbers
-    (https://github.com/huggingface/safetensors). Raises ValueError or KeyError for what is none."""
+    (https://github.com/huggingface/safetensors). Raises ValueError or KeyError for an invalid file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size - 8 - length
@@ -113,7 +113,7 @@ def read_safetensors(path):
 
 
 def read_folder(folder):
-    """A folder with config.json and model.safetensors, as lib.model.load.rebuild takes it, or UserError."""
+    """A folder with config.json and model.safetensors, as lib.model.load.rebuild takes it. May raise UserError."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return to_ours(config, read_safetensors(Path(folder) / "model.safetensors"))
@@ -124,24 +124,24 @@ def read_folder(folder):
 
 
 def fetch(name):
-    """OpenAI's weights of that name, as read_folder gives them, from the hub, or from its client's cache."""
+    """OpenAI's weights of that name, as from read_folder, from the hub or its local cache."""
     from huggingface_hub import hf_hub_download
 
     if os.path.exists(name):
-        say(f"{name} means OpenAI's weights here: the one in this folder is written ./{name}", sys.stderr)
+        say(f"{name} means OpenAI's weights: for the local file or folder of that name, write ./{name}", sys.stderr)
     try:
         config, _ = (hf_hub_download(name, file) for file in ("config.json", "model.safetensors"))
     except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(
-            f"cannot fetch {name} from the Hugging Face hub, check the network: {reason} A folder of that name is "
-            f"written ./{name}"
+            f"cannot fetch {name} from the Hugging Face hub, check the network: {reason} For a local folder of "
+            f"that name, write ./{name}"
         ) from None
     return read_folder(Path(config).parent)
 
 
 def split(token, ranks):
-    """The two tokens that were merged into this one (bytes): what the merges of lower ranks make of its bytes."""
+    """The two tokens that were merged into this one (bytes), found by applying the merges of lower ranks."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, EOT) for a, b in zip(parts, parts[1:], strict=False)]
@@ -153,7 +153,7 @@ def split(token, ranks):
 def vocabulary():
     """OpenAI's vocab.json, a dict from text to id, and the merges of its merges.txt, from the ranks in assets/."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in kept]  # have printable names, too, as in OpenAI's encoder.py
+    others = [byte for byte in range(256) if byte not in kept]  # get printable names, too, as in OpenAI's encoder.py
     names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
     ranks = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
     text = {token: "".join(names[byte] for byte in token) for token in ranks}

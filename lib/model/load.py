@@ -1,5 +1,5 @@
 """
-A model from what was saved of one, here or elsewhere, or a message that says what does not fit.
+Build a model from saved weights, ours or others', or raise an error that says what does not match.
 """
 
 import os
@@ -19,9 +19,9 @@ OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 class NoRandomWeights(TorchFunctionMode):
-    """Parameters made within keep what is in memory, which a checkpoint's then replace. That saves a second of random
-    numbers for 124M, and another on the meta device, where the first one imports torch's compiler. (Made on the meta
-    device and assigned to, a model would lack the buffers that no checkpoint holds.)"""
+    """Parameters made within stay uninitialized, to be replaced by a checkpoint's. This saves a second of random
+    numbers for 124M, and another on the meta device, where the first one imports torch's compiler. (A model made on the
+    meta device and assigned to would lack the buffers that no checkpoint holds.)"""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         tensor = (*args, *(kwargs or {}).values())[:1]
@@ -31,21 +31,21 @@ class NoRandomWeights(TorchFunctionMode):
 
 
 def on_meta(model_class, config):
-    """A model without memory, to count its parameters."""
+    """A model that takes no memory, to count its parameters."""
     with torch.device("meta"), NoRandomWeights():
         return model_class(config)
 
 
 def match_config(saved, config_class):
-    """The config of a checkpoint as this code has it: missing fields take their defaults, those that this code does not
-    have may be there if they are off (None, False, 0), and both are said. Raises UserError for others."""
+    """A checkpoint's config as a config_class. Missing fields take their defaults; unknown fields are ignored if they
+    are off (None, False, 0); both are reported. Raises UserError for other unknown fields and for invalid values."""
     known = {field.name: field.default for field in fields(config_class)}
     missing, unknown = [[n for n in a if n not in b] for a, b in ((known, saved), (saved, known))]
     if lacking := [name for name in missing if known[name] is MISSING]:
         raise UserError(f"the checkpoint's model has no {', '.join(lacking)} in its config {saved}")
     if foreign := {name: saved[name] for name in unknown if saved[name]}:
         raise UserError(
-            f"the checkpoint's model has {foreign} in its config, which {config_class.__name__} of this code does not "
+            f"the checkpoint's model has {foreign} in its config, which this code's {config_class.__name__} does not "
             "have: use the code that it was trained with, or add the field"
         )
     for field in fields(config_class):
@@ -54,7 +54,7 @@ def match_config(saved, config_class):
             raise UserError(f"the checkpoint's model has {field.name} {value!r} in its config: it must be 1 or more")
         if field.default is not None and not isinstance(value, float | int if kind is float else kind):
             raise UserError(f"the checkpoint's model has {field.name} {value!r}, not of type {kind.__name__}")
-    notes = [f"{name} is {known[name]!r}, the default, since the checkpoint does not say" for name in missing]
+    notes = [f"{name} is not in the checkpoint and takes its default, {known[name]!r}" for name in missing]
     notes += [
         f"{name} is {saved[name]!r} in the checkpoint and ignored, since this code has no such field"
         for name in unknown
@@ -65,31 +65,31 @@ def match_config(saved, config_class):
 
 
 def rebuild(checkpoint, model_class, config_class):
-    """The model of a checkpoint, on the CPU. Raises UserError where its weights are not those of its config, or the
-    config is not one of this code."""
+    """The model of a checkpoint, on the CPU. Raises UserError if its weights do not match its config, or its config
+    does not match this code."""
     config, weights = match_config(checkpoint["config"], config_class), checkpoint["model"]
     found = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
     try:
         if config.n_layer > len(weights) or config.n_embd % config.n_head:
             raise ValueError(f"{len(weights)} weights, {config.n_embd} channels for {config.n_head} heads")
-        # shapes alone: a wrong config can ask for any amount of memory, and for more than there are addresses
+        # without memory: a wrong config can ask for any amount, even for more than there are addresses
         meta = on_meta(model_class, config)
         expected = {name: tuple(weight.shape) for name, weight in meta.state_dict().items()}
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"the checkpoint's model cannot be made from its config {checkpoint['config']}: {error}"
+            f"the checkpoint's model cannot be built from its config {checkpoint['config']}: {error}"
         ) from None
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"the checkpoint's model does not fit its config {checkpoint['config']}: {name} has the shape "
+                f"the checkpoint's model does not match its config {checkpoint['config']}: {name} has the shape "
                 f"{found.get(name)}, not {expected.get(name)}"
             )
     tied = {}
     for name, parameter in meta.named_parameters(remove_duplicate=False):
         other = tied.setdefault(parameter, name)
         if other != name and not torch.equal(weights[name], weights[other]):
-            raise UserError(f"the checkpoint's {name} and {other} differ, which this code ties: it is of another model")
+            raise UserError(f"the checkpoint's {name} and {other} differ, but this code ties them: it is another model")
     with NoRandomWeights():
         model = model_class(config)
     model.load_state_dict(weights)
@@ -97,10 +97,10 @@ def rebuild(checkpoint, model_class, config_class):
 
 
 def check_vocabulary(name, config):
-    """Raise UserError where a model of this config does not know every token of GPT-2."""
+    """Raise UserError if a model of this config does not have all tokens of GPT-2."""
     if config.vocab_size < VOCAB_SIZE:
         raise UserError(
-            f"{name} knows {config.vocab_size} ids, fewer than the {VOCAB_SIZE} tokens of GPT-2, which this takes"
+            f"{name} has a vocabulary of {config.vocab_size} ids: this needs all {VOCAB_SIZE} tokens of GPT-2"
         )
 
 
@@ -118,14 +118,14 @@ def load_model(name, model_class, config_class):
     path = expand(name)
     if missing := why_missing(path):
         names = ", ".join(OPENAI_MODELS)
-        raise UserError(f"{name!r} is no checkpoint, no exported folder and none of {names}: {missing}")
+        raise UserError(f"{name!r} is not a checkpoint, an exported folder or one of {names}: {missing}")
     read = hugging_face.read_folder if os.path.isdir(path) else load_checkpoint
     return rebuild(read(path), model_class, config_class)
 
 
 def initial_model(init_from, model_config, checkpoint, model_class):
     """The model that a run starts with, on the CPU: from its own checkpoint, from scratch with model_config, or from
-    other weights, which must have room for its sequences and tokens."""
+    other weights, which must support its sequence length and vocabulary."""
     if checkpoint:
         return rebuild(checkpoint, model_class, type(model_config))
     if init_from == "scratch":
@@ -134,7 +134,7 @@ def initial_model(init_from, model_config, checkpoint, model_class):
     T, V = model_config.block_size, model_config.vocab_size
     if model.config.block_size < T or model.config.vocab_size < min(V, VOCAB_SIZE):  # OpenAI's have no padded ids
         raise UserError(
-            f"{init_from} has room for {model.config.block_size} tokens and {model.config.vocab_size} ids: lower "
-            f"sequence_length from {T} and vocab_size from {V} to those"
+            f"{init_from} has a block_size of {model.config.block_size} and a vocab_size of {model.config.vocab_size}: "
+            f"lower sequence_length from {T} and vocab_size from {V} to these"
         )
     return model

@@ -18,16 +18,16 @@ from lib.distributed import sum_over_ranks
 from lib.model.cpu_loss import CHUNK
 from lib.optimizers import make_moments, missing_state, parts_of
 
-SPARE = 64 << 20  # bytes of a GPU that a run does not plan with: kernels that are loaded later take their own room
+SPARE = 64 << 20  # bytes of a GPU that are left free for kernels that are loaded later
 
 
 def cgroup_rooms():
-    """Yield the bytes that each of this process's control groups, from its own to the outermost, leaves it."""
+    """Yield the bytes left in each of this process's control groups, from its own to the outermost."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup", controllers)  # of version 2, or of version 1
+        root = Path("/sys/fs/cgroup", controllers)  # version 2, or version 1
         limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
         own = root / path.lstrip("/")
         for group in [own, *own.parents]:
@@ -38,33 +38,33 @@ def cgroup_rooms():
 
 
 def free_memory():
-    """The bytes that this process can still take before Linux kills it, where that can be known; else infinity."""
+    """The bytes that this process can still take before Linux kills it; infinity if unknown."""
     try:
         free = [1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]), *cgroup_rooms()]
-    except (OSError, TypeError, ValueError):  # no Linux, or none that we know
+    except (OSError, TypeError, ValueError):  # not Linux, or an unknown one
         return math.inf
     return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def cpu_bytes(gpt, tokens, checkpointing, fresh):
-    """About what a micro-batch of so many tokens takes on a CPU in float32, beside the weights; fresh: and AdamW's
-    moments, of which no page has been written yet. A block keeps 16 vectors of n_embd a token, with checkpointing one;
-    as much as one block is in use on the way back, with the gradients of the tied matrix and a chunk of logits."""
+    """Estimate the bytes that a micro-batch of this many tokens takes on a CPU in float32, beside the weights; fresh:
+    with AdamW's moments, of which no page has been written yet. A block keeps 16 vectors of n_embd per token, with
+    checkpointing one; the backward takes as much as one block, gradients of the tied matrix and a chunk of logits."""
     c, n = gpt.config, sum(p.numel() for p in gpt.parameters())
     vectors = (c.n_layer + 32) if checkpointing else 16 * (c.n_layer + 1)
     return 4 * (n * (3 if fresh else 1) + vectors * tokens * c.n_embd + c.vocab_size * (4 * c.n_embd + CHUNK))
 
 
 def rehearse(model, optimizer, B, T, vocab_size, device, autocast, count=2, also=None):
-    """Allocate what a run needs at most: `count` micro-batches of B x T tokens, the second beside the gradients of the
-    first, one of validation, whose float32 logits can take more than all activations of a small model, and what also()
-    takes. Neither weights nor random state change."""
+    """Allocate the most that a run needs: `count` micro-batches of B x T tokens, the second beside the gradients of the
+    first; one of validation, whose float32 logits can take more than all activations of a small model; and what also()
+    needs. Neither the weights nor the random state change."""
     is_ddp = isinstance(model, DistributedDataParallel)
     spare = torch.empty(SPARE if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     state = missing_state(optimizer)
     x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
-    y = x.clone()  # one tensor in two places would be compiled for by itself
-    with getattr(model, "no_sync", contextlib.nullcontext)():  # ranks need not agree here on what fits
+    y = x.clone()  # one tensor as both arguments would be compiled separately
+    with getattr(model, "no_sync", contextlib.nullcontext)():  # what fits may differ between ranks here
         for _ in range(count):
             with autocast():
                 _, loss = model(x, y, return_logits=False)
@@ -81,8 +81,8 @@ def rehearse(model, optimizer, B, T, vocab_size, device, autocast, count=2, also
 
 
 def warm_up(model, device):
-    """Two synchronized backwards of one token, not compiled, by which cuBLAS takes its memory and DDP puts its buckets
-    in order. From the second on each .grad is a view of them; gradients from before would lie beside, a second copy."""
+    """Two synchronized backwards of one token, not compiled, in which cuBLAS allocates its memory and DDP orders its
+    buckets. From the second on each .grad is a view of a bucket; earlier gradients would be a second copy."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     for _ in range(2):
         with torch.compiler.set_stance("force_eager"):
@@ -91,9 +91,9 @@ def warm_up(model, device):
 
 
 def fit_in_memory(attempt, size, total, recompute, device):
-    """Return the first (size, what to say of it) with which attempt(size, recompute) fits on all ranks: the size given,
-    else the largest power of two that divides total; with activation checkpointing if recompute, or, where that is
-    None, if nothing fits without. Raises UserError where nothing fits at all.
+    """Return the first (size, note for the user) with which attempt(size, recompute) fits on all ranks: the size given,
+    else the largest power of two that divides total; with activation checkpointing if recompute, or, if that is None,
+    only if nothing fits without. Raises UserError if nothing fits at all.
     """
     sizes = [size] + [2**i for i in reversed(range(size.bit_length())) if 2**i < size and total % 2**i == 0]
     for checkpointing in [False, True] if recompute is None else [recompute]:
@@ -113,13 +113,13 @@ def fit_in_memory(attempt, size, total, recompute, device):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             if "torch._dynamo" in sys.modules:
-                torch.compiler.reset()  # it compiles for a limited number of shapes
+                torch.compiler.reset()  # the compiler has a limit on shapes
     raise UserError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
 def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, also=None):
-    """Return (the micro-batch size to use, what to say of it): B, or less where that does not fit beside the model and
-    its optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it.
+    """Return (the micro-batch size to use, note for the user): B, or less if that does not fit beside the model and its
+    optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it.
     also: computes, in eval mode, what a run on a GPU needs memory for besides training and validation."""
 
     is_ddp, device = isinstance(model, DistributedDataParallel), next(gpt.parameters()).device
@@ -130,7 +130,7 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
 
     def attempt(size, recompute):
         gpt.activation_checkpointing = recompute
-        if device.type == "cpu":  # there Linux grants every allocation and kills the process when it writes to it
+        if device.type == "cpu":  # Linux grants every allocation and kills the process when it is written to
             takes, free = cpu_bytes(gpt, size * T, recompute, is_fresh), free_memory()
             if takes > free / 4 and not int(os.environ.get("RANK") or 0):
                 need = f"about {takes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free"
@@ -142,7 +142,7 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
             rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast, micro_steps, more)
         finally:
             optimizer.zero_grad(set_to_none=not is_ddp)
-            if device.type == "cuda":  # the compiler timed kernels that overwrite the logits, with a copy on the host
+            if device.type == "cuda":  # the compiler timed kernels that overwrite the logits on a copy in host memory
                 torch._C._host_emptyCache()
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a model with dropout draws from it

@@ -1,5 +1,5 @@
 """
-Published runs to compare with: assets/reference_runs.csv, which says where each comes from.
+Published runs to compare with, from assets/reference_runs.csv, which names their sources.
 """
 
 import csv
@@ -11,7 +11,7 @@ from lib.files import ROOT
 
 SIZES = {(12, 768): "124M", (24, 1024): "350M", (36, 1280): "774M", (48, 1600): "1558M"}  # by n_layer and n_embd
 DATASETS = ("fineweb-edu", "fineweb")
-OTHER = "other"  # a size or data set of which nothing is published
+OTHER = "other"  # a size or data set without published results
 
 
 class Published(NamedTuple):
@@ -24,12 +24,12 @@ class Published(NamedTuple):
 
 
 def size_of(config):
-    """The size of a model with the attributes of GPTConfig, as the published runs name it."""
+    """The size of a model of this config, a GPTConfig, as the published runs name it."""
     return SIZES.get((config.n_layer, config.n_embd), OTHER)
 
 
 def dataset_of(shards):
-    """The one of DATASETS that shards with these names hold: edufineweb_val_000000.npy is of fineweb-edu."""
+    """Which of DATASETS the shards with these names hold: edufineweb_val_000000.npy is fineweb-edu."""
     if not shards or not all("fineweb" in name for name in shards):
         return OTHER
     return "fineweb-edu" if all("edu" in name for name in shards) else "fineweb"
@@ -51,11 +51,11 @@ def published(size):
 
 
 def compare(loss, tokens, config, shards):
-    """How the validation loss of a model on FineWeb-Edu after so many tokens compares with the published run of its
-    size, as text; "" where there is none. Between two of its records lies a straight line over log(tokens)."""
+    """How a model's validation loss on FineWeb-Edu after this many tokens compares with the published run of its size,
+    as text; "" if there is none. The published curve is interpolated linearly over log(tokens)."""
     for run in published(size_of(config)) if dataset_of(shards) == "fineweb-edu" else []:
         for (before, higher), (after, lower) in pairwise(run.val):
-            if 0 < before <= tokens <= 1.0001 * after:  # its last record is of the step before the last
+            if 0 < before <= tokens <= 1.0001 * after:  # its last record is from the step before the last
                 share = math.log(tokens / before) / math.log(after / before)
                 difference = loss - (higher + share * (lower - higher))
                 word = "worse" if difference > 0 else "better"
@@ -64,8 +64,8 @@ def compare(loss, tokens, config, shards):
 
 
 def beside(config, shards):
-    """What the published runs and models of a size came to: (name, validation loss, HellaSwag acc_norm) of each, None
-    where it is not known or, for the loss, of other data."""
+    """The results of the published runs and models of this size, (name, validation loss, HellaSwag acc_norm) each; None
+    where they are not known or, for the loss, from other data."""
     rows = []
     for run in published(size_of(config)):
         losses = run.val if run.dataset in ("", dataset_of(shards)) else []
@@ -74,6 +74,6 @@ def beside(config, shards):
 
 
 def flags(tokens_per_step, config, shards):
-    """What tools/plot.py has to know of a run."""
+    """What tools/plot.py needs to know about a run, as its flags."""
     flags = {"--tokens_per_step": tokens_per_step, "--size": size_of(config), "--dataset": dataset_of(shards)}
     return [str(text) for item in flags.items() for text in item]

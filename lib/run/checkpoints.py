@@ -1,5 +1,5 @@
 """
-The checkpoints in the folder of a run.
+The checkpoints in a run's folder.
 """
 
 import errno
@@ -11,7 +11,7 @@ from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError, say
 from lib.files import list_folder
 
-NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; other names in the folder are other people's
+NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; files of other names are left alone
 GONE = "is gone, and with it the run: start again, or restore it and resume"
 
 
@@ -24,7 +24,7 @@ def step_of(path):
 
 
 def list_checkpoints(log_dir):
-    """The checkpoints in a folder, by their steps."""
+    """The checkpoints in a folder, in the order of their steps."""
     paths = [path for path in list_folder(log_dir) if NAME.fullmatch(path.name) and os.path.isfile(path)]
     return sorted(paths, key=step_of)
 
@@ -37,10 +37,10 @@ def remove(path):
 
 
 def save_checkpoint(log_dir, contents, keep, prune=True):
-    """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to it, where `prune` says so.
+    """Write log_dir/model_{step:05d}.pt, then, with `prune`, remove all but the newest `keep` up to this step.
 
-    On a full disk the oldest spare one makes room, where `prune` allows it. Returns False, having said so, where it
-    could not be written; the newest of the older ones is intact then. Raises UserError where the folder is gone.
+    If the disk is full and `prune` allows it, the oldest spare one is removed to make room. Returns False, with a
+    warning, if it could not be written; the newest older one is then intact. Raises UserError if the folder is gone.
     """
     step = contents["step"]
     path = path_of(log_dir, step)
@@ -66,7 +66,7 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
 
 
 def newest_whole_checkpoint(log_dir):
-    """The path of the newest checkpoint that can be read, None where there are none. Names those that cannot."""
+    """The path of the newest checkpoint that loads, None if there are none. Warns of those that do not load."""
     paths = list_checkpoints(log_dir)[::-1]
     for path in paths:
         try:
@@ -76,15 +76,15 @@ def newest_whole_checkpoint(log_dir):
             say(f"warning: {error}; falling back to the checkpoint before it")
     if paths:
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {log_dir}/ is whole and of this trainer: restore one from a "
-            "backup. Of another program's run, import the model: python -m tools.import_model "
+            f"none of the {len(paths)} checkpoints in {log_dir}/ is complete and of this trainer: restore one from a "
+            "backup. If another program wrote them, import the model: python -m tools.import_model "
             f"{shlex.quote(str(paths[0]))} FOLDER, then --init_from FOLDER with another --log_dir"
         )
     return None
 
 
 def set_aside(log_dir, first_step):
-    """Rename the checkpoints from a step on, so that no resume takes them; return the newest of the others or None."""
+    """Rename the checkpoints from first_step on, so that no resume uses them. Returns the newest remaining one."""
     paths = list_checkpoints(log_dir)
     for path in paths:
         if step_of(path) >= first_step:

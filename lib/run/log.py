@@ -1,5 +1,5 @@
 """
-log.txt, its kinds of records, and the clock: whole lines, none lost to a full disk that gets room again.
+log.txt, its kinds of records, and the clock. Lines are written complete; a full disk only delays them.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ import torch
 from lib.console import UserError, say
 from lib.files import atomic_write
 
-# how the records of a kind are written; a kind that is not here is as good, and has six digits
+# number formats by kind of record; any other kind is allowed, too, and has six digits
 FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f", "sample": ""}
-UNLOGGED = ("tokens_per_second", "mfu")  # they differ from run to run: for the tracker alone
-METRICS = {"train": "train_loss", "val": "val_loss"}  # their names in what main returns; those of others are the kinds
+UNLOGGED = ("tokens_per_second", "mfu")  # they differ between identical runs: for the tracker only
+METRICS = {"train": "train_loss", "val": "val_loss"}  # names in main's result; other kinds keep theirs
 RECORD = re.compile(rb"(\d+) ([A-Za-z_]\S*) (\S[^\0-\x1f]*)")  # step, kind, value
 
 
 class Stopwatch(Counter):
-    """Seconds by what they were spent on; as a string, their shares. `last` is the latest of them."""
+    """Seconds by activity; as a string, the share of each. `last`: the seconds of the latest."""
 
     @contextlib.contextmanager
     def timing(self, what):
         start = time.perf_counter()
         yield
-        if torch.cuda.is_initialized():  # the device may still be at work
+        if torch.cuda.is_initialized():  # the device may still be busy
             torch.cuda.synchronize()
         self.last = time.perf_counter() - start
         self[what] += self.last
@@ -41,8 +41,8 @@ def time_text(seconds):
 
 
 class Log:
-    """Records wait in memory while the disk does not take them. The file stays open: on network disks, opening and
-    closing it at every step would wait for the server each time."""
+    """Records wait in memory while the file cannot be written. It stays open: on network disks, opening and closing it
+    at every step would wait for the server each time."""
 
     def __init__(self, path):
         self.path, self.file, self.waiting, self.failing = path, None, b"", False
@@ -54,14 +54,14 @@ class Log:
         self.flush()
 
     def flush(self, sync=False):
-        """Write what waits; returns whether all of it is in the file, which `sync` makes durable."""
+        """Write the waiting records; returns whether all are in the file. `sync`: have the disk store them, too."""
         try:
             if self.file is None:
                 self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             end = self.file.seek(0, os.SEEK_END)
             try:
                 if self.file.write(self.waiting) < len(self.waiting):
-                    raise OSError("the disk took a part of a record")
+                    raise OSError("only part of a record was written")
             except OSError:
                 with contextlib.suppress(OSError):
                     self.file.truncate(end)
@@ -77,20 +77,20 @@ class Log:
 
     def close(self):
         if self.file and not self.flush():
-            say(f"WARNING: {self.path} lacks its last records, from {self.waiting.split()[0].decode()} on")
+            say(f"WARNING: {self.path} lacks its last records, from step {self.waiting.split()[0].decode()} on")
         if self.file:
             self.file.close()
 
 
 def lines_of(path):
-    """The lines of a log.txt, the last one as far as it is written; also of one that an editor has rewritten with a
-    byte order mark, or with \\r\\n at the ends."""
+    """The lines of a log.txt, the last one possibly incomplete. Accepts a byte order mark and \\r\\n line ends, which
+    some editors write."""
     return [line.rstrip(b"\r") for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")]
 
 
 def rewind_log(path, step):
-    """Keep the records of the steps before `step`, of whatever kind: the run writes the later ones again. Those, and
-    lines that are no records, as a power cut leaves them, move to a file beside it, log_dropped.txt."""
+    """Keep the records of the steps before `step`, of any kind: the run writes the later ones again. Those, and lines
+    that are not records, as a power cut leaves them, are moved to a file beside it, log_dropped.txt."""
     try:
         kept, dropped = [], []
         for line in filter(None, lines_of(path) if path.exists() else []):
@@ -102,7 +102,7 @@ def rewind_log(path, step):
                 file.write(b"".join(dropped))
                 file.flush()
                 os.fsync(file.fileno())
-            say(f"{path}: {len(dropped)} lines, of step {step} or later or no records, moved to {copy.name}")
+            say(f"{path}: {len(dropped)} lines, from step {step} on or not records, moved to {copy.name}")
         if path.exists():
             with atomic_write(path) as file:
                 file.write(b"".join(kept))
@@ -111,8 +111,8 @@ def rewind_log(path, step):
 
 
 def read_log(path):
-    """{kind: {step: value}} of a log.txt, of every kind whose values are numbers. Where its steps go back, since a run
-    was resumed or a second one follows, the earlier records from that step on are left out. Raises UserError where
+    """{kind: {step: value}} of a log.txt, of every kind whose values are numbers. Where its steps go back, because
+    a run was resumed or a second one follows, the earlier records from that step on are dropped. Raises UserError if
     there are no records."""
     try:
         *lines, _torn = lines_of(path)
@@ -127,12 +127,12 @@ def read_log(path):
             strange += 1
             continue
         if step < last:
-            say(f"warning: {path} goes back from step {last} to {step}: the later records are taken")
+            say(f"warning: {path} goes back from step {last} to {step}: the later records are used")
             kept = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}
             records = {kind: old for kind, old in kept.items() if old}
         records.setdefault(kind, {})[step], last = value, step
     if strange:
-        say(f"warning: {path} has {strange} lines that are no records: skipped")
+        say(f"warning: {path} has {strange} lines that are not records: skipped")
     if not records:
         raise UserError(f"{path} has no records{'' if lines else ' yet'}, which are lines like 250 val 6.2907")
     return records

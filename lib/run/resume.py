@@ -1,5 +1,5 @@
 """
-From a checkpoint back to a run, or to a message that says what does not fit.
+Restore a run from a checkpoint, or raise an error that says what does not match.
 """
 
 import torch
@@ -8,7 +8,7 @@ from lib.console import UserError
 from lib.optimizers import Optimizers, load_optimizer
 
 FIXED = ("sequence_length", "total_batch_size", "seed")  # besides those of the model
-# settings of places and output, whose changes are not said
+# settings of paths and output, whose changes are not reported
 QUIET = (
     "data_dir", "data_source", "log_dir", "init_from", "log_every", "sample_every", "sample_prompt",
     "sample_temperature", "plot_every", "tracker", "checkpoint_every", "keep_checkpoints", "plan", "plan_speed",
@@ -22,7 +22,7 @@ def random_states():
 
 
 def restore(checkpoint, state):
-    """Load the states of a checkpoint into what has them, by name, and torch's random states."""
+    """Load a checkpoint's states into the objects in `state`, by name, and torch's random states."""
     try:
         name = "random_states"
         torch.set_rng_state(checkpoint[name][0])
@@ -30,28 +30,32 @@ def restore(checkpoint, state):
             torch.cuda.set_rng_state(checkpoint[name][1])
         for name, part in state.items():
             if isinstance(part, torch.optim.Optimizer | Optimizers):
-                # no state yet: where all steps were skipped, which float16's scaler may do by itself
+                # no state yet if all steps were skipped, as float16's scaler may do
                 trained = checkpoint["step"] > checkpoint.get("nonfinite", 0) and not checkpoint.get("scaler")
                 load_optimizer(part, checkpoint[name], trained, checkpoint.get("optimizer_settings"))
-            elif checkpoint.get(name):  # a run in float32 leaves an empty state of its gradient scaler
+            elif checkpoint.get(name):  # the state of a gradient scaler is empty in float32
                 part.load_state_dict(checkpoint[name])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"cannot resume: the checkpoint's {name} is missing or of another kind: {error!r}") from None
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot resume: the checkpoint's {name} is missing or invalid: {error!r}") from None
 
 
 def compare_runs(before, now):
-    """Raise UserError where the settings or the data of two runs (what their checkpoints hold) differ such that the
-    first could not be continued exactly. Returns what else was changed, as text."""
+    """Raise UserError if the settings or the data of two runs (the contents of their checkpoints) differ such that the
+    first could not be continued exactly. Returns the other changes as text."""
     step = before["step"]
     if not isinstance(before.get("data"), dict) or step < 0:
-        raise UserError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) are no run's")
+        raise UserError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) is invalid")
     old, new = before["train_config"], now["train_config"]
     for name in [name for name in new if name in FIXED or name in now["config"]]:
         is_new = name not in old and name not in before["config"] and name in now["config"]
-        was = now["config"][name] if is_new else old.get(name)  # a new field of the model has its default in old ones
+        was = (
+            now["config"][name] if is_new else old.get(name)
+        )  # in old checkpoints, a new field of the model has its default
         if was != new[name]:
             raise UserError(
-                f"cannot resume: {name} was {was} when the run began, it is {new[name]} now: give --{name} {was}, or "
+                f"cannot resume: {name} was {was} when the run began and is {new[name]} now: give --{name} {was}, or "
                 "start a new run in another --log_dir"
             )
     if before["config"]["block_size"] < new["sequence_length"]:
@@ -61,7 +65,7 @@ def compare_runs(before, now):
         )
     for name in sorted({*before["data"], *now["data"]}):
         was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
-        both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # a sha256 takes a manifest
+        both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # None: no manifest, no sha256
         if len(was) != len(found) or any(a != b for a, b in both):
             raise UserError(
                 f"cannot resume: {name} is not the shard that the run began with (tokens, sha256, fingerprint: {was}, "
@@ -73,7 +77,7 @@ def compare_runs(before, now):
 
 
 def changes(before, now):
-    """What differs between two runs, settings and code, apart from places and output."""
+    """Yield the differences between two runs in settings and code, except for paths and output."""
     old, new = before["train_config"], now["train_config"]
     for name in [name for name in new if name not in QUIET]:
         if name not in old:

@@ -1,5 +1,5 @@
 """
-Signals that end a run between two steps or batches, on all ranks together.
+Signals stop a run between two steps or batches, on all ranks together.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from lib.distributed import group_device, sum_over_ranks
 
 
 def stop_signals():
-    """The signals that stop a run: none where it is in a thread, to which Python brings no signals."""
+    """The signals that stop a run; none if it is in a thread, where Python delivers no signals."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @contextlib.contextmanager
 def handlers_restored():
-    """The handlers of the signals that stop a run are afterwards what they were before."""
+    """Restore the handlers of the signals that stop a run on exit."""
     before = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         yield
@@ -32,12 +32,12 @@ def handlers_restored():
 
 
 def catch_signals():
-    """Return caught(), the signal that stops the run, the same on all ranks: None unless one of them got SIGTERM,
-    SIGINT or SIGHUP.
+    """Handle signals. Returns caught(), the signal that stops the run, the same on all ranks: None unless one of them
+    got SIGTERM, SIGINT or SIGHUP.
 
-    A second signal ends the process at once; one within a second is still the first, under torchrun within ten, since
-    schedulers signal torchrun and its workers, and torchrun passes it on. A SIGHUP that nohup made ignored stays so.
-    Where a torchrun was killed, the workers of all machines stop, too, by SIGKILL as the signal.
+    A second signal ends the process immediately, unless it comes within a second, under torchrun within ten: schedulers
+    signal both torchrun and its workers, and torchrun passes the signal on. A SIGHUP that nohup ignores stays ignored.
+    If a torchrun was killed, the workers of all machines stop as well, with SIGKILL as the signal.
     """
     signals, parent, is_rank = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -50,10 +50,9 @@ def catch_signals():
     def caught():
         number = signals[0][1] if signals else 0
         number = signal.SIGKILL if is_rank and os.getppid() != parent else number
-        numbers = torch.zeros(signal.NSIG, dtype=torch.int64, device=group_device())
-        numbers[number] = 1
-        numbers = sum_over_ranks(numbers)[1:].nonzero().flatten().tolist()  # 0: no signal
-        return max(numbers) + 1 if numbers else None
+        mine = [int(number == other) for other in range(1, signal.NSIG)]
+        counts = sum_over_ranks(torch.tensor(mine, device=group_device())).tolist()  # of ranks that got each signal
+        return max((other for other, count in enumerate(counts, start=1) if count), default=None)
 
     for number in stop_signals():
         if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:

@@ -1,5 +1,5 @@
 """
-What came of a run: a few lines for the console, and the same with the picture and the samples as a page to share.
+The results of a run: a few lines for the console, and a page to share, with the curves and the samples.
 """
 
 import math
@@ -10,7 +10,7 @@ from lib.files import atomic_write
 
 
 def results(step, metrics, clock, config, parameters, first):
-    """Rows of what and how much; `first` is the step from which the clock has counted."""
+    """Rows of (what, value). first: the step from which the clock has counted."""
     tokens, hours = step * config.total_batch_size, clock.total() / 3600
     rows = [("parameters", f"{parameters:,}"), ("tokens", f"{tokens:,} in {step:,} steps")]
     if clock["training"]:

@@ -1,6 +1,6 @@
 """
-What happens beside a run, in processes of their own that cannot stop it: the picture of its curves, and TensorBoard or
-wandb, to which every number goes that the console says.
+Processes beside a run, which cannot stop it if they fail: one draws the curves, one sends every number that the console
+shows to TensorBoard or wandb.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from pathlib import Path
 from lib.console import say
 from lib.files import ROOT
 
-PATIENCE = 10  # seconds that the end of a run waits for such a process, which goes on by itself after them
+PATIENCE = 10  # seconds that a run waits for such a process at its end; the process then continues alone
 
 
 def start_beside(*command, **streams):
-    """Start a Python program that leaves the CPU to the run, and the signals that end it."""
+    """Start a Python program at a low priority, out of reach of the signals that stop the run."""
     nice = ["nice", "-n", "19"] if shutil.which("nice") else []
     return subprocess.Popen([*nice, sys.executable, *command], cwd=ROOT, start_new_session=True, **streams)
 
@@ -30,7 +30,7 @@ def wait_for(process):
 
 
 class Tracker:
-    """kind: "tensorboard", "wandb" or "" for none. Its process ends when the run does, however that ends."""
+    """kind: "tensorboard", "wandb" or "" for none. Its process ends with the run, however the run ends."""
 
     def __init__(self, kind):
         self.kind, self.process, self.stalled = kind, None, False
@@ -44,17 +44,17 @@ class Tracker:
             self.send(step, settings)
 
     def send(self, step, numbers):
-        """Pass on the numbers of a step, without waiting: the pipe holds some 500 records, more are dropped."""
+        """Send the numbers of a step without waiting: the pipe holds about 500 records, any more are dropped."""
         try:
-            if self.process:  # so few bytes are written whole or not at all
+            if self.process:  # a write of so few bytes is atomic
                 os.write(self.process.stdin.fileno(), json.dumps([step, numbers]).encode() + b"\n")
         except BlockingIOError:
             if not self.stalled:
-                say(f"warning: {self.kind} does not keep up at step {step}: it will lack records, log.txt has them all")
+                say(f"warning: {self.kind} cannot keep up at step {step}: it will miss records, log.txt has them all")
             self.stalled = True
         except BrokenPipeError:
-            if wait_for(self.process) != 1:  # else it has said why
-                say(f"warning: the process of {self.kind} was ended: log.txt has every number")
+            if wait_for(self.process) != 1:  # 1: it has printed the reason
+                say(f"warning: the process of {self.kind} has ended: log.txt has every number")
             self.process = None
 
     def close(self):
@@ -64,17 +64,17 @@ class Tracker:
 
 
 def follow():
-    """The process beside the run: pass on what comes in, up to the end of the run."""
+    """The process beside the run: forward its records until it ends."""
     kind, log_dir = sys.argv[1:]
     records = map(json.loads, os.fdopen(os.dup(0), "rb"))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is ours alone: wandb starts processes, which would keep it
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # wandb starts processes, which would keep the pipe open
     try:
         step, settings = next(records)
         log, close = {"tensorboard": open_tensorboard, "wandb": open_wandb}[kind](Path(log_dir), step, settings)
         for step, numbers in records:
             log(step, numbers)
         close()
-    except Exception as error:  # of any package on the way
+    except Exception as error:  # from any package involved
         say(f"warning: {kind} has failed, log.txt has every number: {type(error).__name__}: {error}")
         sys.exit(1)
 

@@ -1,0 +1,71 @@
+"""The end of a run says what came of it, on the console and as a page."""
+
+import re
+
+import pytest
+from support import at_step, losses, terminate, write_shards
+
+from lib.console import Stopped
+from train_gpt2 import TrainConfig, main, parse_args
+
+SAMPLED = dict(vocab_size=50304, n_embd=8, sample_every=10, sample_prompt="The", plot_every=10)
+
+
+def test_the_last_lines_and_the_page_say_what_came_of_the_run(tiny, tmp_path, capsys):
+    metrics = main(tiny(**SAMPLED))
+    out, page = capsys.readouterr().out, (tmp_path / "log" / "summary.md").read_text()
+    assert "tokens: 10,240 in 20 steps" in out and re.search(r"time: 0.\d minutes, [\d,]+ tokens/s in training", out)
+    perplexity = re.search(r"validation loss: (\S+), perplexity ([\d,.]+)", out)
+    assert float(perplexity[1]) == pytest.approx(metrics["val_loss"], abs=1e-4)
+    assert "All is in" in out and "summary.md, curve.png, samples.txt" in out
+    for text in ("| tokens | 10,240 in 20 steps |", "![", "max_lr = 0.01", "n_embd = 8", "20 sample "):
+        assert text in page, page
+    assert "grad_clip" not in page  # the default
+    samples = (tmp_path / "log" / "samples.txt").read_text().splitlines()
+    assert [line.split()[0] for line in samples] == ["0"] * 3 + ["10"] * 3 + ["20"] * 3
+
+
+def test_a_resumed_run_counts_its_time_and_shows_each_sample_once(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_step(patch, {14}, terminate)
+        main(tiny(**SAMPLED))
+    main(tiny(init_from="resume", **SAMPLED))
+    page = (tmp_path / "log" / "summary.md").read_text()
+    assert len(re.findall(r"^\d+ sample .The", page, re.M)) == 9 and "since step" not in page and "in 20 steps" in page
+    assert "seconds" not in losses(tmp_path / "log", "train")
+
+
+def test_a_model_of_a_published_size_is_shown_beside_the_published(tmp_path, monkeypatch, capsys):
+    import lib.model.published as published
+
+    monkeypatch.setitem(published.SIZES, (1, 8), "124M")
+    write_shards(tmp_path / "data", [1500, 5000], name="edufineweb")
+    flags = [
+        "--n_layer=1",
+        "--n_head=1",
+        "--n_embd=8",
+        "--vocab_size=512",
+        "--sequence_length=32",
+        "--total_batch_size=128",
+    ]
+    flags += [
+        "--micro_batch_size=4",
+        "--max_steps=4",
+        "--warmup_steps=1",
+        "--val_every=4",
+        "--val_tokens=64",
+        "--sample_every=0",
+    ]
+    flags += ["--hellaswag_every=0", "--plot_every=0", "--checkpoint_every=0", "--device=cpu"]
+    main(parse_args([*flags, f"--data_dir={tmp_path / 'data'}", f"--log_dir={tmp_path / 'log'}"]))
+    for text in (capsys.readouterr().out, (tmp_path / "log" / "summary.md").read_text()):
+        assert re.search(r"OpenAI GPT-2 124M.*HellaSwag 0.2945", text), text
+        assert re.search(r"GPT2-From-Scratch 124M.*validation loss 3.26", text), text
+
+
+def test_the_preset_for_own_text_differs_from_the_demo_in_its_text_alone():
+    small, demo = (vars(parse_args([f"--preset={name}"])) for name in ("small", "demo"))
+    assert {name for name in small if small[name] != demo[name]} == {
+        "data_dir", "log_dir", "data_source", "sample_prompt",
+    }  # fmt: skip
+    assert small["data_source"] == TrainConfig().data_source
