@@ -6,7 +6,9 @@ import argparse
 import ast
 import functools
 import inspect
+import json
 import math
+import os
 import re
 import types
 import typing
@@ -14,6 +16,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 
 from lib.console import UserError
 from lib.files import expand, why_missing
@@ -103,7 +106,19 @@ def parse_args(dataclass, presets, description, argv=None):
             flag |= {"nargs": "?", "const": True, "metavar": "BOOL"}
         parser.add_argument(f"--{field.name}", **flag)
     flags = vars(parser.parse_args(argv))
-    return dataclass(**{**presets[flags.pop("preset")], **flags})
+    preset = presets[flags.pop("preset")]
+    if "data_source" in preset and is_own_data(flags.get("data_dir"), preset["data_source"]):
+        preset = {name: value for name, value in preset.items() if name not in ("data_source", "sample_prompt")}
+    return dataclass(**{**preset, **flags})
+
+
+def is_own_data(folder, source):
+    """Whether there are shards in a folder, and of another source."""
+    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    try:
+        return json.loads(Path(folder, "manifest.json").read_bytes())["source"] != source
+    except (OSError, TypeError, ValueError, KeyError):
+        return any(name.endswith((".npy", ".bin")) for name in names)
 
 
 def divisors(n):
@@ -112,7 +127,7 @@ def divisors(n):
 
 
 def batch_near(c, world_size):
-    """Flags of a batch near the one that was asked for, which so many ranks can share evenly."""
+    """Flags for a batch near the requested one that divides evenly among the ranks."""
     unit = c.sequence_length * world_size
     micro_batches = math.ceil(c.total_batch_size / unit / c.micro_batch_size)  # of a rank in a step
     size = max(1, round(c.total_batch_size / unit / micro_batches))
@@ -125,7 +140,7 @@ def batch_near(c, world_size):
 
 
 def conditions(c, world_size, model_names):
-    """What must hold between settings, each with the message for where it does not."""
+    """Pairs of a condition that must hold and the message if it does not."""
     sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
     fit, near = ([], f"none; {batch_near(c, world_size)} would do") if rest else (divisors(sequences), "")
     names = ("scratch", "resume", *model_names)
@@ -142,7 +157,7 @@ def conditions(c, world_size, model_names):
         ),
         (
             not missing,
-            f"init_from {c.init_from!r} is no file and none of {', '.join(names)}: {missing}",
+            f"init_from {c.init_from!r} is not a file and none of {', '.join(names)}: {missing}",
         ),
         (
             c.vocab_size >= 50257 or not (c.sample_every or c.hellaswag_every),
@@ -170,7 +185,7 @@ def plain_value(value, kind):
             if isinstance(value, tuple | list):
                 kinds = elements(option, len(value)) if typing.get_args(option) else map(type, value)
                 return origin(plain_value(*pair) for pair in zip(value, kinds, strict=True))
-        elif isinstance(value, KINDS.get(option, option)):
+        elif isinstance(value, KINDS.get(option, origin)):
             return option(value) if option in (int, float, str) else value
     raise TypeError
 

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import io
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,7 @@ class Chaos:
         victims, before = [parent, *parent.children()], self.newest()
         if self.rng.random() < 0.2 and not self.filler.exists():
             victims[-1].terminate()
-            self.end({0, 143})
+            self.end({0, -signal.SIGTERM})
             self.faults["SIGTERM"] += 1
         else:
             for victim in victims:

@@ -1,5 +1,5 @@
 """
-What a run will take, computed before it starts: parameters, operations, memory, disk, hours. No GPU and no data needed.
+What a run will take, computed before it starts: parameters, FLOPs, memory, disk, time, money. Needs no GPU and no data.
 """
 
 import torch
@@ -13,7 +13,7 @@ ROOM = 0.92  # of a card's memory, without what CUDA and its libraries take
 
 
 def count_parameters(model):
-    """The parameters of a model by part, as a person would look for them."""
+    """The parameters of a model, by part."""
     parts = {"blocks": 0, "token embeddings and head": 0, "position embeddings": 0, "the rest": 0}
     for name, parameter in model.named_parameters():
         words = name.split(".")
@@ -28,15 +28,14 @@ def state_bytes(n):
 
 
 def activation_bytes(c, sequences, checkpointing=False):
-    """What a forward keeps for its backward in 16 bits, compiled: in each block 16 vectors of n_embd a token, with
-    checkpointing one, and the logits once."""
+    """Bytes that a compiled forward pass keeps for the backward in 16 bits: in each block 16 vectors of n_embd per
+    token, one with checkpointing, and the logits once."""
     per_token = c.vocab_size + c.n_embd * (c.n_layer + 16 if checkpointing else 16 * c.n_layer)
     return 2 * per_token * sequences * c.sequence_length
 
 
 def headline(c, model, devices, peak_tflops, dtype, compiled):
-    """What a run says at its start: the model, the devices, and the plan in a line, with a warning where a CPU would
-    take more than a day."""
+    """What a run prints at its start: model, devices and plan, with a warning if a CPU would take more than a day."""
     tokens, n = c.max_steps * c.total_batch_size, sum(p.numel() for p in model.parameters())
     flops = tokens * model.flops_per_token(c.sequence_length)
     lines = [

@@ -22,8 +22,7 @@ from lib.run.tracker import Tracker, start_beside, wait_for
 
 
 def code_version():
-    """Which code this is: its commit, with a hash of the changes that are not committed; without git, that of the files
-    themselves."""
+    """Identifies this code: its commit, with a hash of uncommitted changes; without git, a hash of the files."""
 
     def git(*command):
         return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, check=True).stdout
@@ -37,9 +36,9 @@ def code_version():
 
 
 class RunFolder:
-    """`with RunFolder(...) as folder:` refuses a folder that holds another run, and lets go of it at the end.
+    """`with RunFolder(...) as folder:` refuses a folder that holds another run, and releases it at the end.
 
-    saved: the path of the last checkpoint, False where it could not be written, None where none was due yet.
+    saved: the path of the last checkpoint, False if it could not be written, None if none was due yet.
     """
 
     def __init__(self, path, resume, keep_checkpoints, tracker=""):
@@ -48,7 +47,7 @@ class RunFolder:
         self.log, self.samples, self.drawing = Log(self.path / "log.txt"), Log(self.path / "samples.txt"), None
 
     def __enter__(self):
-        # a restart by torchrun --max-restarts resumes by itself, also on the machines whose own count is still 0
+        # a restart by torchrun --max-restarts resumes by itself, even on machines whose own count is still 0
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=group_device())
         self.restarted = sum_over_ranks(restarts).item() > 0
         if not self.resume and not self.restarted:
@@ -68,18 +67,18 @@ class RunFolder:
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
     def open(self, mmap=False):
-        """Hold the folder for this run; return its newest complete checkpoint, None where there is none.
+        """Lock the folder for this run; return its newest complete checkpoint, None if there is none.
 
-        mmap: leave its tensors on the disk until they are needed, for the ranks of a machine to share.
+        mmap: its tensors stay on disk until they are used, and the ranks of a machine share their memory.
         """
         path = from_rank_0(self.lock() if is_main_rank() else None)
         return load_checkpoint(path, mmap=mmap) if path else None
 
     def lock(self):
-        """Lock the folder; return the path of its newest complete checkpoint, None where there is none.
+        """Lock the folder; return the path of its newest complete checkpoint, None if there is none.
 
-        Raises UserError where it holds a run and this is neither to resume it nor a restart by the torchrun that began
-        it, whose id is noted in the lock.
+        Raises UserError if it holds a run, unless this run resumes it or is a restart by the torchrun that began it,
+        whose id is noted in the lock.
         """
         launch = f", torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
         if launch.endswith(" none"):  # which all launches with --master_port are called
@@ -88,7 +87,7 @@ class RunFolder:
         if not self.resume and not (self.restarted and before.endswith(launch)):
             try:
                 self.refuse_other_run()
-            except UserError:  # or a restart of this launch would take the run for its own
+            except UserError:  # otherwise a restart of this launch would mistake the run for its own
                 (self.path / "lock").write_text(before)
                 raise
         self.stack.callback(self.log.close)
@@ -107,7 +106,7 @@ class RunFolder:
             return from_rank_0("scratch")
 
     def begin(self, step, train_config):
-        """Let the records begin at this step, in log.txt and with the tracker."""
+        """Start recording at this step, in log.txt and with the tracker."""
         if step == 0:
             try:
                 with atomic_write(self.path / "config.json") as file:
@@ -126,17 +125,17 @@ class RunFolder:
 
     def save(self, contents):
         """Save a checkpoint; the log is never behind it."""
-        # while updates are skipped, the older ones stay: these weights may be what is wrong
+        # while updates are skipped, keep the older ones: the current weights may be broken
         prune = not contents["nonfinite"]
         path = checkpoints.path_of(self.path, contents["step"])
         if flushed := self.log.flush(sync=True):
             saved = checkpoints.save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
         else:
-            say(f"WARNING: {path} COULD NOT BE SAVED: log.txt comes first")
+            say(f"WARNING: {path} COULD NOT BE SAVED: log.txt must be written first")
         self.saved = flushed and saved and path
 
     def draw(self, flags, last):
-        """Have tools/plot.py draw curve.png beside the run; one that is not done yet is not disturbed."""
+        """Have tools/plot.py draw curve.png in a process of its own, unless the previous one is still running."""
         if last:
             wait_for(self.drawing)
         if find_spec("matplotlib") and (self.drawing is None or self.drawing.poll() is not None):
@@ -144,7 +143,7 @@ class RunFolder:
             self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", *flags, **nowhere)
 
     def summarize(self, title, rows, peers, config, facts):
-        """Say what came of the run, and write it as a page."""
+        """Print the results of the run, and write them as a page."""
         for what, value in [*rows, *summary.peer_rows(peers)]:
             say(f"{what}: {value}")
         try:
@@ -157,7 +156,7 @@ class RunFolder:
             say(f"All is in {self.path}/: {', '.join(['the checkpoints', 'log.txt', *names])}")
 
     def check_saved(self):
-        """Raise UserError where not all of what the run became is on the disk."""
+        """Raise UserError unless the last checkpoint and all of log.txt are on the disk."""
         if not is_main_rank():
             return
         if not self.path.is_dir():

@@ -1,5 +1,5 @@
 """
-What the loop of a run needs besides the lesson: its steps, records, checkpoints, and every way out.
+What the training loop needs besides the lesson: steps, records, checkpoints, signals, and how a run ends.
 """
 
 import shlex
@@ -16,11 +16,11 @@ from lib.run.signals import catch_signals
 
 
 class Run:
-    """A run from its checkpoint on, or from step 0 without one.
+    """A run, from its checkpoint on, or from step 0 without one.
 
-    state: what has a state_dict, by name, which a resume loads; facts: plain data that says what run it is: config,
-    train_config, data. Both go into every checkpoint. max_nonfinite: the run ends after so many steps in a row without
-    a finite loss and gradient. timeout: seconds that ranks wait for a dead or hung one once the first step is done.
+    state: objects with a state_dict, by name, which a resume restores. facts: plain data that identify the run: config,
+    train_config, data. Both are saved in every checkpoint. max_nonfinite: the run ends after this many steps in a row
+    without a finite loss and gradient. timeout: seconds to wait for a dead or hung rank after the first step.
 
     step: optimizer steps done; metrics: the latest of each.
     """
@@ -48,7 +48,7 @@ class Run:
         self.caught = catch_signals()
 
     def steps(self):
-        """Count the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
+        """Yield the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
         first = self.step
         for step in range(first, self.max_steps + 1):
             self.step = step
@@ -58,7 +58,7 @@ class Run:
                 set_timeout(self.timeout)
 
     def due(self, every):
-        """Whether this step is one of every so many, or the last."""
+        """Whether something done every so many steps is due at this one; at the last step, everything is."""
         return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
 
     def say(self, *messages):
@@ -67,7 +67,7 @@ class Run:
             print0(f"step {self.step:5d} | {message}")
 
     def show_samples(self, texts):
-        """Print texts that the model wrote, and keep them in samples.txt."""
+        """Print texts that the model wrote, and add them to samples.txt."""
         self.say(*[f"sample {text!r}" for text in texts])
         for text in texts:
             self.folder.samples.record(self.step, {"sample": repr(text)})
@@ -79,7 +79,7 @@ class Run:
             self.folder.record(self.step, values)
 
     def save(self):
-        """Save a checkpoint of the steps done; where that fails it is said, and the run goes on."""
+        """Save a checkpoint; if that fails, warn and go on."""
         with self.clock.timing("checkpoints"):
             if is_main_rank():
                 contents = {name: part.state_dict() for name, part in self.state.items()}
@@ -89,7 +89,7 @@ class Run:
                 self.folder.save(contents)
 
     def check_stop(self):
-        """Save and raise Stopped, on all ranks together, once one of them got a signal to stop."""
+        """Save and raise Stopped, on all ranks together, if any of them received a signal to stop."""
         if number := self.caught():
             self.save()
             self.folder.check_saved()
@@ -97,8 +97,8 @@ class Run:
             raise Interrupted(number) if number == signal.SIGINT else Stopped(number)
 
     def count_finite(self, finite):
-        """Count the steps in a row whose update was skipped. After max_nonfinite of them the run ends, and the
-        checkpoints since then are set aside, so that a resume begins before them."""
+        """Count the consecutive steps whose update was skipped. After max_nonfinite of them, end the run and set the
+        checkpoints of these steps aside, so that a resume starts before them."""
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if self.nonfinite < self.max_nonfinite:
             return
@@ -110,8 +110,8 @@ class Run:
         )
 
     def finish(self, config, devices, peers, scored):
-        """The last words of a run that came to its end: what came of it beside its peers, also as log_dir/summary.md,
-        and what to do next. Returns its last metrics."""
+        """Print the results of a finished run beside published ones, write them to log_dir/summary.md, and suggest what
+        to do next. Returns the last metrics."""
         self.folder.check_saved()
         self.metrics["step"] = self.step
         print0(f"done: {self.clock}")
