@@ -16,6 +16,7 @@ import contextlib
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -431,8 +432,9 @@ def process_group(device, timeout):
     device = devices.choose_device(device, local_rank, in_group=world_size > 0)
     if world_size:
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        store = new_store(rank, world_size, max(60, timeout))
-        dist.init_process_group(**backend, store=store, rank=rank, world_size=world_size)
+        limit = max(60, timeout)  # importing torch takes one rank longer than another
+        store, limit = new_store(rank, world_size, limit), timedelta(seconds=limit)
+        dist.init_process_group(**backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         set_timeout(max(SETUP_TIMEOUT, timeout))
     try:
         yield rank, local_rank, max(1, world_size), device
