@@ -31,7 +31,7 @@ from lib.device import check_device, default_device, flash_attention
 from lib.distributed import sum_over_ranks
 from lib.files import atomic_write
 from lib.model.load import check_vocabulary
-from lib.tokenizer import EOT, get_tokenizer
+from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 FOLDER = Path(__file__).parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
@@ -147,7 +147,7 @@ def score(model, batches, device, check_stop=lambda: None):
         hidden, targets, found = model.hidden_states(tokens[:, :-1])[predicts], tokens[:, 1:][predicts], []
         for h, y in zip(hidden.split(len(room)), targets.split(len(room)), strict=True):
             logits = torch.mm(h, weight, out=room[: len(h)])  # out= avoids autocast: bfloat16 ties on 2.6% of items
-            logits[:, 50257:] = -torch.inf  # the padded ids are not tokens
+            logits[:, VOCAB_SIZE:] = -torch.inf  # the padded ids are not tokens
             log_p = torch.log_softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
             found.append(-log_p.gather(1, y[:, None])[:, 0])
         losses = torch.zeros(predicts.shape, device=device).masked_scatter(predicts, torch.cat(found))

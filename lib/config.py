@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lib.console import UserError
 from lib.files import expand, why_missing
+from lib.tokenizer import VOCAB_SIZE
 
 # from, to (both allowed) for each number
 RANGES = {
@@ -160,8 +161,8 @@ def conditions(c, world_size, model_names):
             f"init_from {c.init_from!r} is not a file and none of {', '.join(names)}: {missing}",
         ),
         (
-            c.vocab_size >= 50257 or not (c.sample_every or c.hellaswag_every),
-            f"vocab_size {c.vocab_size} is below 50257: it needs --sample_every 0 --hellaswag_every 0",
+            c.vocab_size >= VOCAB_SIZE or not (c.sample_every or c.hellaswag_every),
+            f"vocab_size {c.vocab_size} is below {VOCAB_SIZE}: it needs --sample_every 0 --hellaswag_every 0",
         ),
         (
             not c.tracker or find_spec(c.tracker),

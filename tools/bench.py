@@ -25,6 +25,7 @@ from lib.console import UserError, run_as_command
 from lib.device import flash_attention, name_and_peak
 from lib.files import expand
 from lib.model.memory import fit_in_memory
+from lib.tokenizer import VOCAB_SIZE
 from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure, measure_ladder
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, choose_dtype
 
@@ -34,7 +35,7 @@ def one_at_a_time(model, item, device):
     _, tokens, mask, _ = hellaswag.render_example(item)
     tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
     with flash_attention():  # as hellaswag.py
-        logits = model(tokens)[0][:, :-1, :50257].float()
+        logits = model(tokens)[0][:, :-1, :VOCAB_SIZE].float()
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
     return ((losses * mask).sum(dim=1) / mask.sum(dim=1)).argmin().item()
 
@@ -99,7 +100,7 @@ def main():
     def draw():
         """Random tokens, a few of them frequent, as in text, so that there is something to learn."""
         shape = batch, config.sequence_length + 1
-        rows = (torch.rand(shape, generator=generator, device=device) ** 8 * 50257).long()
+        rows = (torch.rand(shape, generator=generator, device=device) ** 8 * VOCAB_SIZE).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     figures["ladder"] = measure_ladder(device, config, draw, tokens, args.steps, names, peak)

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
+from lib.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT, GPTConfig, choose_dtype
 
 CUDA_ONLY = ("TF32", "16 bits", "compile")  # 16 bits: bfloat16, or float16 on GPUs without it
@@ -29,7 +30,7 @@ class Trainer:
         torch.manual_seed(0)
         self.device, self.on = device, on
         sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-        sizes["vocab_size"] = vocab_size or (50304 if "padded vocabulary" in on else 50257)
+        sizes["vocab_size"] = vocab_size or (50304 if "padded vocabulary" in on else VOCAB_SIZE)
         if peer:
             from transformers import GPT2Config, GPT2LMHeadModel
 

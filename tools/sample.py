@@ -22,11 +22,11 @@ from lib.console import UserError, run_as_command
 from lib.device import check_device, default_device
 from lib.files import expand
 from lib.model.load import check_vocabulary
-from lib.tokenizer import EOT, get_tokenizer
+from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 from train_gpt2 import load_model, stream
 
 RANGES = {  # from, to
-    "temperature": (0, 1e30), "top_k": (0, 50257), "top_p": (1e-9, 1), "max_new_tokens": (0, 10**9),
+    "temperature": (0, 1e30), "top_k": (0, VOCAB_SIZE), "top_p": (1e-9, 1), "max_new_tokens": (0, 10**9),
     "num_samples": (1, 10**9), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 
