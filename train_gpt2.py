@@ -148,7 +148,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, nh, length, hs): keys and values, with those before `start`
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T].to(q.dtype)
-        # flash attention, where the device has it; a token that comes after a cache sees all of it
+        # flash attention, where the device has it; the one token that comes after a cache sees all of it
         y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -172,7 +172,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, start=0):
-        # autocast's layer norms give float32: cast before the product, since DDP may split the graph between them
+        # autocast's layer norms give float32, which would go through memory where DDP splits the compiled graph: cast
         x = x + self.attn(self.ln_1(x).to(x.dtype), cache, start)
         x = x + self.mlp(self.ln_2(x).to(x.dtype))
         return x
@@ -202,7 +202,7 @@ class GPT(nn.Module):
             elif ".ln_" in name:
                 parameter.fill_(1)
             elif name.endswith("wpe.weight"):
-                parameter.normal_(0, 0.01)
+                parameter.normal_(0, 0.01)  # as in OpenAI's code
             elif name.endswith("c_proj.weight"):
                 parameter.normal_(0, 0.02 * (2 * self.config.n_layer) ** -0.5)
             else:
@@ -223,7 +223,7 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
-            past = None if cache is None else cache[i]
+            past = None if cache is None else cache[i]  # only for generating, which recomputes nothing
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x, past, start)
         return self.transformer.ln_f(x.float())  # as CUDA's autocast does by itself, unlike the CPU's
 
@@ -391,7 +391,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
     start = 0  # tokens in the cache
     for _ in range(max_new_tokens):
         idx = idx[:, -c.block_size :]
-        with devices.flash_attention():
+        with devices.flash_attention():  # not cuDNN's, which makes a plan for each new length
             hidden = model.hidden_states(idx[:, start:], cache, start)
         logits = model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num()  # no padded ids, and no NaN of a diverged run
         token = sample_token(logits, temperature, top_k, top_p, generator)
@@ -537,7 +537,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     compiled = devices.compile_model(model, config.compile, device)
     ddp = data_parallel(compiled) if world_size > 1 else compiled
 
-    # optimizer, and the precision of the matrix products
+    # optimizer (one, or several as one), and the precision of the matrix products
     optimizer = as_one(model.configure_optimizers(config.weight_decay, config.max_lr, device.type), config.max_lr)
     dtype = choose_dtype(config.dtype, device)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -546,7 +546,7 @@ def test_a_bad_line_in_the_log_is_moved_away_and_the_records_stay(line, small, l
     (log_dir / "log.txt").write_bytes(b"\n".join([*lines[:5], line, *lines[5:]]))
     main(small(init_from="resume"))
     out = capsys.readouterr().out
-    assert re.search(r"log.txt: \d+ lines, from step 8 on or not records, moved to log_dropped.txt", out)
+    assert re.search(r"log.txt: \d+ lines moved to log_dropped.txt: of step 8 or later", out)
     assert line in (log_dir / "log_dropped.txt").read_bytes().split(b"\n")
     assert_same_run(undisturbed, log_dir, 12)
 

@@ -130,6 +130,7 @@ def initial_model(init_from, model_config, checkpoint, model_class):
         return rebuild(checkpoint, model_class, type(model_config))
     if init_from == "scratch":
         return model_class(model_config)
+    print0(f"starting from {init_from}")
     model = load_model(init_from, model_class, type(model_config))
     T, V = model_config.block_size, model_config.vocab_size
     if model.config.block_size < T or model.config.vocab_size < min(V, VOCAB_SIZE):  # OpenAI's have no padded ids

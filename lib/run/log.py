@@ -102,7 +102,8 @@ def rewind_log(path, step):
                 file.write(b"".join(dropped))
                 file.flush()
                 os.fsync(file.fileno())
-            say(f"{path}: {len(dropped)} lines, from step {step} on or not records, moved to {copy.name}")
+            what = f"of step {step} or later, which come again, or not records"
+            say(f"{path}: {len(dropped)} lines moved to {copy.name}: {what}")
         if path.exists():
             with atomic_write(path) as file:
                 file.write(b"".join(kept))

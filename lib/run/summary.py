@@ -4,7 +4,10 @@ The results of a run: a few lines for the console, and a page to share, with the
 
 import math
 import re
+import time
 from dataclasses import fields
+
+import torch
 
 from lib.files import atomic_write
 
@@ -16,8 +19,8 @@ def results(step, metrics, clock, config, parameters, first):
     if clock["training"]:
         speed = (step - first) * config.total_batch_size / clock["training"]
         since = f" since step {first:,}" if first else ""
-        time = f"{hours:.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        rows.append(("time", f"{time}{since}, {speed:,.0f} tokens/s in training"))
+        duration = f"{hours:.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        rows.append(("time", f"{duration}{since}, {speed:,.0f} tokens/s in training"))
     if metrics.get("val_loss") is not None:
         loss = metrics["val_loss"]
         rows.append(("validation loss", f"{loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}"))
@@ -43,7 +46,7 @@ def write_page(folder, title, rows, peers, config, facts):
     ]
     lines = [f"# {title}", "", "| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows]]
     lines += [f"| {name} | {value} |" for name, value in peer_rows(peers)]
-    lines += [f"| code | {commit} |", ""]
+    lines += [f"| code | {commit}, torch {torch.__version__} |", f"| date | {time.strftime('%Y-%m-%d')} |", ""]
     if (folder / "curve.png").exists():
         lines += ["![Losses over tokens](curve.png)", ""]
     lines += ["## Settings that are not the defaults", "", "```", *changed, "```", ""]
