@@ -197,7 +197,8 @@ def plain(c):
     for field in fields(c):
         value, kind = getattr(c, field.name), kinds[field.name]
         try:
-            values[field.name] = plain_value(value, kind)
+            is_default = value is None and field.default is None  # as in "size: int = None"
+            values[field.name] = None if is_default else plain_value(value, kind)
         except (TypeError, ValueError):
             raise UserError(
                 f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}"

@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 from support import flags_of, losses, read_log, run, run_warm, write_shards
@@ -116,3 +117,27 @@ def test_no_steps_are_a_validation(tiny, tmp_path):
     metrics = main(tiny(max_steps=0))
     assert re.fullmatch(r"0 val \d\.\d{4}\n", read_log(tmp_path / "log")) and metrics["val_loss"] > 5
     assert not list((tmp_path / "log").glob("*.pt"))
+
+
+@dataclass
+class OtherSettings:
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: "float | None" = None
+    kind: Literal["gelu", "relu"] = "gelu"
+    sizes: tuple[int, ...] = ()
+    more: dict = None
+
+
+def test_settings_of_other_types_have_their_flag_and_are_plain_data():
+    def parse(*flags):
+        return knobs.plain(knobs.parse_args(OtherSettings, {"gpt2": {}}, "x", flags))
+
+    assert parse() == OtherSettings()
+    flags = "--betas=0.8,0.9", "--clip=0.5", "--kind=relu", "--sizes=1,2,3", "--more={'a': 1}"
+    assert parse(*flags) == OtherSettings((0.8, 0.9), 0.5, "relu", (1, 2, 3), {"a": 1})
+    assert parse("--clip=none").clip is None
+    for flag in ("--betas=0.8", "--kind=tanh", "--clip=x"):
+        with pytest.raises(SystemExit):
+            parse(flag)
+    with pytest.raises(UserError, match="kind is 'tanh': it must be of type"):
+        knobs.plain(OtherSettings(kind="tanh"))

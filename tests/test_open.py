@@ -38,16 +38,25 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_resumes_with_whatever_optimizer_it_has(name, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(GPT, "configure_optimizers", OPTIMIZERS[name])
-    config = dict(max_steps=12, checkpoint_every=4)
+def assert_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, **settings):
+    config = dict(max_steps=12, checkpoint_every=4, **settings)
     main(tiny(log_dir=str(tmp_path / "whole"), **config))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         at_step(patch, {6}, crash)
         main(tiny(**config))
     main(tiny(init_from="resume", **config))
     assert_same_run(tmp_path / "whole", tmp_path / "log", 12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_resumes_with_whatever_optimizer_it_has(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "configure_optimizers", OPTIMIZERS[name])
+    assert_resumes_bit_for_bit(tiny, tmp_path, monkeypatch)
+
+
+def test_two_optimizers_resume_in_float16_with_its_scaler(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "configure_optimizers", sgd_and_adamw)
+    assert_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, dtype="float16")
 
 
 def test_a_model_that_draws_random_numbers_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
@@ -55,13 +64,7 @@ def test_a_model_that_draws_random_numbers_resumes_bit_for_bit(tiny, tmp_path, m
     monkeypatch.setattr(
         train_gpt2.MLP, "forward", lambda self, x: torch.nn.functional.dropout(forward(self, x), 0.1, self.training)
     )
-    config = dict(max_steps=12, checkpoint_every=4)
-    main(tiny(log_dir=str(tmp_path / "whole"), **config))
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        at_step(patch, {6}, crash)
-        main(tiny(**config))
-    main(tiny(init_from="resume", **config))
-    assert_same_run(tmp_path / "whole", tmp_path / "log", 12)
+    assert_resumes_bit_for_bit(tiny, tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_with_the_way_on(tiny, tmp_path, monkeypatch):
