@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from lib.console import UserError, run_as_command, say
 from lib.data.items import read_items
@@ -137,20 +138,17 @@ def score(model, batches, device, check_stop=lambda: None):
     """
     was_training = model.training
     model.eval()
-    weight, scores = model.lm_head.weight.T, [torch.empty(0, 2, 4, device=device)]
-    room = torch.empty(512, weight.size(1), device=device)  # for logits; fresh memory costs a CPU more than the softmax
+    scores = [torch.empty(0, 2, 4, device=device)]
     for _, tokens, mask, lengths, labels in batches:
         check_stop()
         if len(labels) == 0:
             continue
-        tokens, predicts = tokens.to(device), mask[:, 1:].bool().to(device)  # position t predicts token t + 1
-        hidden, targets, found = model.hidden_states(tokens[:, :-1])[predicts], tokens[:, 1:][predicts], []
-        for h, y in zip(hidden.split(len(room)), targets.split(len(room)), strict=True):
-            logits = torch.mm(h, weight, out=room[: len(h)])  # out= avoids autocast: bfloat16 ties on 2.6% of items
-            logits[:, VOCAB_SIZE:] = -torch.inf  # the padded ids are not tokens
-            log_p = torch.log_softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
-            found.append(-log_p.gather(1, y[:, None])[:, 0])
-        losses = torch.zeros(predicts.shape, device=device).masked_scatter(predicts, torch.cat(found))
+        tokens = tokens.to(device)
+        predicts = mask[:, 1:].bool().to(device)  # position t predicts token t + 1
+        logits = model.head(model.hidden_states(tokens[:, :-1])[predicts])  # (N, vocab_size), float32
+        logits[:, VOCAB_SIZE:] = -torch.inf  # the padded ids are not tokens
+        found = F.cross_entropy(logits, tokens[:, 1:][predicts], reduction="none")
+        losses = torch.zeros(predicts.shape, device=device).masked_scatter(predicts, found)
         total = losses.sum(dim=1).view(-1, 4)
         scores.append(torch.stack([total, total / lengths.to(device)], dim=1))
     model.train(was_training)

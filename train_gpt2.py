@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import hellaswag
 from lib import config as configs
@@ -32,9 +33,9 @@ from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
 from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import chunked_cross_entropy, fit_micro_batch, load, plan, published
+from lib.model import fast_loss, fit_micro_batch, load, plan, published
 from lib.optimizers import as_one
-from lib.run import Run, RunFolder, handlers_restored, time_text
+from lib.run import Run, RunFolder, one_run, script_of, step_seed, time_text
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -129,9 +130,15 @@ class GPTConfig:
 
     @classmethod
     def of(cls, config):
-        """The config of a model from scratch: the settings of the same names."""
+        """The config of a model from scratch: fields that the settings also have are copied from there."""
         same = [field.name for field in fields(cls) if hasattr(config, field.name)]
         return cls(block_size=config.sequence_length, **{name: getattr(config, name) for name in same})
+
+
+def residual_std(n_layer):
+    """The standard deviation of the 2 * n_layer matrices that add to the residual stream, at the beginning: with 0.02,
+    the stream would grow with depth."""
+    return 0.02 * (2 * n_layer) ** -0.5
 
 
 class CausalSelfAttention(nn.Module):
@@ -140,16 +147,16 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj.init_std = residual_std(config.n_layer)
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        if cache is not None:  # (2, B, nh, length, hs): keys and values, with those before `start`
-            cache[:, :, :, start : start + T] = torch.stack((k, v))
-            k, v = cache[:, :, :, : start + T].to(q.dtype)
-        # flash attention, where the device has it; the one token that comes after a cache sees all of it
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash attention, if the device has it
+        else:
+            y = attend_to_cache(q, k, v, cache, start)  # for sampling, see there
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -158,9 +165,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj.init_std = residual_std(config.n_layer)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the approximation
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the approximation
 
 
 class Block(nn.Module):
@@ -172,7 +180,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, start=0):
-        # autocast's layer norms give float32, which would go through memory where DDP splits the compiled graph: cast
+        # LayerNorm gives float32 under autocast: cast back, to keep the residual stream in 16 bits
         x = x + self.attn(self.ln_1(x).to(x.dtype), cache, start)
         x = x + self.mlp(self.ln_2(x).to(x.dtype))
         return x
@@ -182,53 +190,51 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # fit_micro_batch sets it; True: keep only the activations between blocks
+        self.activation_checkpointing = False  # True: recompute activations in backward, to save memory
+        self.fast_loss = None  # a run on a CPU sets it to what computes the loss of forward() faster
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),
         })  # fmt: skip
+        self.transformer.wpe.init_std = 0.01  # as in OpenAI's code
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: the matrix that embeds tokens also predicts them
-        self.init_weights()
+        self.apply(self.init_weights)
 
-    @torch.no_grad()
-    def init_weights(self):
-        """OpenAI's: residual projections are smaller, so that the residual stream does not grow with depth."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif ".ln_" in name:
-                parameter.fill_(1)
-            elif name.endswith("wpe.weight"):
-                parameter.normal_(0, 0.01)  # as in OpenAI's code
-            elif name.endswith("c_proj.weight"):
-                parameter.normal_(0, 0.02 * (2 * self.config.n_layer) ** -0.5)
-            else:
-                parameter.normal_(0, 0.02)
+    @staticmethod
+    def init_weights(module):
+        """OpenAI's, for linear layers and embeddings: normal, with a standard deviation of 0.02 or the module's own
+        init_std; biases 0. What a module's author has set to zeros stays, and so does every other kind of module."""
+        if isinstance(module, nn.Linear | nn.Embedding) and (module.weight.is_meta or module.weight.any()):
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", 0.02))
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     def hidden_states(self, idx, cache=None, start=0):
-        """All of the model but its head, which sampling and HellaSwag need for few positions only: token ids (B, T)
-        int64 to (B, T, n_embd).
+        """Run everything but the output head: token ids (B, T) int64 to (B, T, n_embd).
 
-        cache: for generating, keys and values (n_layer, 2, B, n_head, length, n_embd / n_head); those of idx are added.
-        The first `start` tokens are in it already; if start > 0, idx must be the one next token.
+        cache: for generating, keys and values (n_layer, 2, B, n_head, length, n_embd / n_head); those of idx are added
+        after the first `start` tokens, which are in it already.
         """
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}: shorten the sequence")
+        if start > 0 and cache is None:
+            raise ValueError(f"start is {start}, but there is no cache of the tokens before it")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # 16 bits in the residual stream, too: half its memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
-            past = None if cache is None else cache[i]  # only for generating, which recomputes nothing
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x, past, start)
-        return self.transformer.ln_f(x.float())  # as CUDA's autocast does by itself, unlike the CPU's
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else cache[i], start)
+        return self.transformer.ln_f(x.float())  # CUDA's autocast does this by itself, the CPU's does not
 
     def head(self, x):
-        """Hidden states (..., n_embd) to logits (..., vocab_size), in eval mode float32: 16 bits tie on HellaSwag."""
+        """Hidden states (..., n_embd) to logits (..., vocab_size); in eval mode in float32, since 16-bit logits tie."""
         if self.training:
             return self.lm_head(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -242,9 +248,8 @@ class GPT(nn.Module):
         ignored. Raises ValueError if T is larger than block_size.
         """
         x = self.hidden_states(idx)
-        if targets is not None and not return_logits and x.device.type == "cpu":
-            # head and loss in one, a chunk of the logits at a time: CPUs are bound by the memory traffic of all of them
-            return None, chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        if self.fast_loss and targets is not None and not return_logits:
+            return None, self.fast_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return (logits if return_logits else None), loss
@@ -346,24 +351,24 @@ def get_lr(step, config):
 
 @torch.no_grad()
 def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None):
-    """The mean loss in nats per token over the loader's first num_sequences, at least one and at most all that it has;
-    the same for any B and number of ranks."""
+    """The mean loss in nats per target over the loader's first num_sequences, clamped to [1, all]; the same for any B
+    and number of ranks. Targets of -100 do not count."""
     num_sequences = max(1, min(num_sequences, loader.num_sequences))
     model.eval()
     loader.reset()
-    total = torch.zeros(2, device=device)  # the sum of the losses, the number of sequences
+    total = torch.zeros(2, device=device)  # the sum of the losses in nats per target, and of the weights
     while loader.position < num_sequences:
         check_stop()
-        mine = min(loader.B, num_sequences - loader.position - loader.process_rank * loader.B)  # how many count
+        mine = num_sequences - loader.position - loader.process_rank * loader.B  # sequences of this batch that count
         x, y = loader.next_batch()
-        if mine > 0:
-            y[mine:] = -100  # rather than a smaller batch: compiled code keeps its one shape
+        y[max(0, mine) :] = -100  # rather than a smaller batch: compiled code keeps its one shape
+        if count := (y != -100).sum().item():
             _, loss = model(x.to(device), y.to(device), return_logits=False)
-            total[0] += loss * mine
-            total[1] += mine
+            weight = count / y.size(1)
+            total += torch.stack([loss * weight, torch.full_like(loss, weight)])
     model.train()
-    loss, count = sum_over_ranks(total).tolist()
-    return loss / count
+    loss, weight = sum_over_ranks(total).tolist()
+    return loss / weight
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
@@ -382,6 +387,16 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return candidates.gather(1, torch.multinomial(p, num_samples=1, generator=generator))
 
 
+def attend_to_cache(q, k, v, cache, start):
+    """Causal attention of tokens from `start` on to all tokens so far, whose keys and values are in the cache, (2, B,
+    nh, length, hs): those of the earlier tokens are not computed again for each new one. q, k, v: (B, nh, T, hs)."""
+    end = start + q.size(2)
+    cache[:, :, :, start:end] = torch.stack((k, v))
+    k, v = cache[:, :, :, :end].to(q.dtype)
+    mask = torch.ones(q.size(2), end, dtype=torch.bool, device=q.device).tril(start)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None):
     """Yield the next ids (B, 1) of token ids (B, T), max_new_tokens times. The model should be in eval mode."""
@@ -393,7 +408,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
         idx = idx[:, -c.block_size :]
         with devices.flash_attention():  # not cuDNN's, which makes a plan for each new length
             hidden = model.hidden_states(idx[:, start:], cache, start)
-        logits = model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num()  # no padded ids, and no NaN of a diverged run
+        logits = (
+            model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num().clamp(-1e30, 1e30)
+        )  # no padded ids; a run may have diverged
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
         start = 0 if idx.size(1) == c.block_size else idx.size(1)  # full: the window slides, every position changes
@@ -526,14 +543,16 @@ def train(config, rank, local_rank, world_size, device, folder):
     sequences = config.total_batch_size // T  # of a step, over all ranks
     data = open_shards(config.data_dir, config.data_source, T, sequences, config.val_every > 0, local_rank)
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
-    checkpoint = folder.open(mmap=device.type == "cuda")  # the newest if this run resumes, else None
-    config = replace(config, init_from=folder.begun_from(config.init_from, checkpoint))
+    saved = folder.open(mmap=device.type == "cuda")  # the newest checkpoint if this run resumes, else None
+    config = replace(config, init_from=folder.begun_from(config.init_from, saved))
 
     # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model`
     # for the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-    model = load.initial_model(config.init_from, GPTConfig.of(config), checkpoint, GPT).to(device)
+    model = load.initial_model(config.init_from, GPTConfig.of(config), saved, GPT).to(device)
+    config = load.as_loaded(config, model.config)
+    model.fast_loss = fast_loss(model)
     compiled = devices.compile_model(model, config.compile, device)
     ddp = data_parallel(compiled) if world_size > 1 else compiled
 
@@ -545,12 +564,13 @@ def train(config, rank, local_rank, world_size, device, folder):
     gpu, peak_tflops = devices.name_and_peak(device)
     print0(plan.headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
 
-    # a checkpoint holds the state_dict of these, which a resume loads, the facts, and from Run the step, the last
-    # val_loss, the random state and the commit (lib/checkpoint.py: an atomic torch.save)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    facts = {"config": asdict(model.config), "train_config": asdict(config), "data": data.facts}
-    run = Run(folder, state, facts, checkpoint, config.max_steps, config.max_nonfinite, config.collective_timeout)
-    del checkpoint  # frees its memory
+    # a checkpoint: of objects the state_dict, which a resume loads; run adds step, tokens, val_loss and the commit
+    contents = {
+        "model": model, "optimizer": optimizer, "scaler": scaler, "config": asdict(model.config),
+        "train_config": asdict(config), "data": data.facts, "script": script_of(__file__),
+    }  # fmt: skip
+    run = Run(folder, contents, saved, config.max_steps, config.max_nonfinite, config.collective_timeout)
+    del saved  # frees its memory
 
     # memory: a micro-batch that fits on every rank, and how many of them make up a step
     share, recompute = sequences // world_size, config.activation_checkpointing  # the sequences of each rank
@@ -560,7 +580,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
     loader = partial(DataLoaderLite, B, T, rank, world_size, data_root=data, vocab_size=model.config.vocab_size)
     train_loader, val_loader = loader("train", seed=config.seed), loader("val") if config.val_every else None
-    train_loader.seek(run.step * sequences)
+    train_loader.seek(run.tokens // T)
 
     for step in run.steps():
         # once in a while (every val_every steps, and at the last one): the loss on tokens that are never trained on
@@ -568,7 +588,7 @@ def train(config, rank, local_rank, world_size, device, folder):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, config.val_tokens // T, device, run.check_stop)
             run.record(val=val_loss)
-            comparison = published.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
+            comparison = published.compare(val_loss, run.tokens, model.config, data.facts)
             run.say(f"val loss {val_loss:.4f}{comparison}")
 
         # once in a while: can it pick the right ending of a story out of four?
@@ -597,16 +617,19 @@ def train(config, rank, local_rank, world_size, device, folder):
 
         # always: one step, its records in log.txt and with the tracker, and its line on the console
         lr = get_lr(step, config)
+        before = train_loader.position
+        torch.manual_seed(step_seed(config.seed, step, rank))  # of dropout and the like: a resume draws the same again
         with run.clock.timing("training"):
             loss, norm, finite = train_step(
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
-        speed = config.total_batch_size / run.clock.last  # tokens/s
+        tokens = (train_loader.position - before) * T  # of all ranks
+        speed = tokens / run.clock.last  # tokens/s
         mfu = speed * model.flops_per_token(T) / (world_size * (peak_tflops or math.inf) * 1e12)
         run.record(train=loss, lr=lr, norm=norm, tokens_per_second=speed, mfu=mfu)
-        if run.due(config.log_every) or not finite:
+        if (config.log_every and step % config.log_every == 0) or not finite:
             print0(step_line(step, config.max_steps, loss, lr, norm, finite, run.clock.last, speed, mfu))
-        run.count_finite(finite)
+        run.count(tokens, finite)
     return run.finish(config, f"{world_size} x {gpu}", published.beside(model.config, data.facts), bool(hella))
 
 
@@ -621,7 +644,7 @@ def main(config):
         print0(plan.describe(config, load.on_meta(GPT, GPTConfig.of(config)), count_tokens(config.data_dir)))
         return {}
     folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
-    with handlers_restored(), process_group(config.device, config.collective_timeout) as ranks, folder:
+    with one_run(), process_group(config.device, config.collective_timeout) as ranks, folder:
         return train(config, *ranks, folder)
 
 

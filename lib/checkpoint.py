@@ -1,22 +1,48 @@
 """
-Checkpoint files: written atomically, plain data only, verified when they are read.
+Checkpoints: files written atomically, of plain data only, verified when they are read; and those in a run's folder.
 """
 
+import errno
 import hashlib
 import os
 import pickle
 import re
 import shlex
 import struct
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from lib.console import UserError
-from lib.files import atomic_write
+from lib.console import UserError, say
+from lib.files import atomic_write, list_folder
 
+NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; files of other names are left alone
 COMMENT_LENGTH = struct.pack("<H", 64)  # of a hexadecimal sha256; a zip archive's last field
-KINDS = {"model": dict, "optimizer": dict, "config": dict, "train_config": dict, "step": int}  # required entries
+REQUIRED = {"model": dict, "optimizer": dict, "config": dict, "train_config": dict, "step": int}  # entries
+SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+# -----------------------------------------------------------------------------
+# One file
+
+
+def check_plain(value, name):
+    """Raise UserError, with the name of the entry, for what torch.load(weights_only=True) would not give back whole:
+    objects, numpy's numbers, tensors of which each rank has a part."""
+    if type(value) in (dict, OrderedDict):
+        for key, part in value.items():
+            check_plain(key, f"a key of {name}")
+            check_plain(part, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for place, part in enumerate(value):
+            check_plain(part, f"{name}[{place}]")
+    elif type(value) not in SCALARS + TENSORS:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise UserError(
+            f"{name} is of type {kind}, which a checkpoint cannot hold: it holds dicts, lists, numbers, strings and "
+            "whole tensors"
+        )
 
 
 class HashingWriter:
@@ -39,10 +65,13 @@ class HashingWriter:
 
 
 def write_checkpoint(path, contents):
-    """Atomically write a dict of plain data and tensors to path. Raises OSError if that fails.
+    """Atomically write a dict of plain data and tensors to path. Raises OSError if that fails, and UserError for what
+    could not be read again.
 
     The sha256 follows as the comment of the zip archive, since torch.load verifies nothing.
     """
+    for name, value in contents.items():
+        check_plain(value, name)
     with atomic_write(path) as file:
         hashing = HashingWriter(file)
         torch.serialization.set_crc32_options(False)  # weaker than our sha256, and torch.load ignores it
@@ -55,8 +84,8 @@ def write_checkpoint(path, contents):
 
 
 def load_checkpoint(path, mmap=False):
-    """Load a checkpoint onto the CPU, as a dict with the entries of KINDS and more; with mmap, the ranks of a machine
-    share its memory. Raises UserError if it is damaged or not a checkpoint.
+    """Load a checkpoint onto the CPU, as a dict with the entries of REQUIRED and more; with mmap, the ranks of a
+    machine share its memory. Raises UserError if it is damaged or not a checkpoint.
     """
     try:
         with open(path, "rb") as file:
@@ -65,8 +94,8 @@ def load_checkpoint(path, mmap=False):
             end = file.read()
             if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
                 raise UserError(
-                    f"{path} was not written by this trainer, or is truncated: import it with python -m "
-                    f"tools.import_model {shlex.quote(str(path))} FOLDER"
+                    f"{path} is truncated, or was not written by this trainer: restore it, or, if another program "
+                    f"wrote it, import it with python -m tools.import_model {shlex.quote(str(path))} FOLDER"
                 )
             file.seek(0)
             while chunk := file.read(min(1 << 20, size - file.tell())):
@@ -78,7 +107,85 @@ def load_checkpoint(path, mmap=False):
         contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load {path}: {error}") from None
-    for name, kind in KINDS.items():
+    for name, kind in REQUIRED.items():
         if not isinstance(contents, dict) or not isinstance(contents.get(name), kind):
             raise UserError(f"{path} is not a checkpoint of train_gpt2.py: its {name} is not a {kind.__name__}")
     return contents
+
+
+# -----------------------------------------------------------------------------
+# The checkpoints of a run
+
+
+def path_of(log_dir, step):
+    return log_dir / f"model_{step:05d}.pt"
+
+
+def step_of(path):
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def list_checkpoints(log_dir):
+    """The checkpoints in a folder, in the order of their steps."""
+    paths = [path for path in list_folder(log_dir) if NAME.fullmatch(path.name) and os.path.isfile(path)]
+    return sorted(paths, key=step_of)
+
+
+def remove(path):
+    try:
+        path.unlink()
+    except OSError as error:
+        say(f"warning: {path} cannot be removed: {error}")
+
+
+def save_checkpoint(log_dir, contents, keep, prune=True):
+    """Write log_dir/model_{step:05d}.pt, then, with `prune`, remove all but the newest `keep` up to this step.
+
+    If the disk is full and `prune` allows it, the oldest spare one is removed to make room. Returns False, with a
+    warning, if it could not be written. Raises UserError if the folder is gone.
+    """
+    step = contents["step"]
+    path = path_of(log_dir, step)
+    for retry in (False, True):
+        try:
+            write_checkpoint(path, contents)
+            break
+        except (OSError, RuntimeError, UserError) as error:
+            if not log_dir.is_dir():
+                raise UserError(f"{log_dir}/ no longer exists: start again, or restore it and resume") from None
+            older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if retry or not full or not prune or len(older) < 2:
+                newest = f"the newest one is {older[-1].name}" if older else "there is none yet"
+                say(f"WARNING: {path} COULD NOT BE SAVED, {newest}: {error}")
+                return False
+            say(f"warning: the disk is full: removing {older[0]} to make room for {path.name}")
+            remove(older[0])
+    if prune:
+        for old in [other for other in list_checkpoints(log_dir) if step_of(other) <= step][:-keep]:
+            remove(old)
+    say(f"step {step:5d} | saved {path}")
+    return True
+
+
+def newest_whole_checkpoint(log_dir):
+    """The path of the newest checkpoint that loads, None if there are none. Warns of those that do not load."""
+    paths = list_checkpoints(log_dir)[::-1]
+    for path in paths:
+        try:
+            load_checkpoint(path)
+            return path
+        except UserError as error:
+            say(f"warning: {error}; falling back to the checkpoint before it")
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {log_dir}/ can be loaded: restore one from a backup")
+    return None
+
+
+def set_aside(log_dir, first_step):
+    """Rename the checkpoints from first_step on, so that no resume uses them. Returns the newest remaining one."""
+    paths = list_checkpoints(log_dir)
+    for path in paths:
+        if step_of(path) >= first_step:
+            os.replace(path, path.with_suffix(".pt.not_finite"))
+    return next((path for path in reversed(paths) if step_of(path) < first_step), None)

@@ -7,7 +7,6 @@ import ast
 import functools
 import inspect
 import json
-import math
 import os
 import re
 import types
@@ -22,7 +21,7 @@ from lib.console import UserError
 from lib.files import expand, why_missing
 from lib.tokenizer import VOCAB_SIZE
 
-# from, to (both allowed) for each number
+# the inclusive range of each number; other settings may have any value
 RANGES = {
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length"), (1, 2**31)),
     **dict.fromkeys(("total_batch_size", "micro_batch_size", "val_tokens"), (1, 2**40)),
@@ -39,20 +38,17 @@ RANGES = {
     "max_nonfinite": (1, 2**31),
     "collective_timeout": (1, 10**7),
 }
-# what a field of a type takes
-KINDS = {int: Integral, float: Real, str: (str, PathLike)}
+NUMBERS = {int: Integral, float: Real, str: (str, PathLike)}  # what a setting of a type accepts: numpy's numbers, too
 PATHS = ("data_dir", "data_source", "log_dir", "init_from")
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "tracker": ("", "tensorboard", "wandb"),
 }
-TRUTH = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
-
-def comments_of(dataclass):
-    """The comment that stands beside each field in the source, by the field's name."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(dataclass), re.M))
+# -----------------------------------------------------------------------------
+# Types
 
 
 def options(kind):
@@ -60,38 +56,65 @@ def options(kind):
     return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
-def elements(kind, count):
-    """The types of `count` elements of a tuple or list."""
-    args = typing.get_args(kind) or (str,)
-    return args[:1] * count if args[1:] in ((), (...,)) else args
+def name_of(kind):
+    return "true or false" if kind in (bool, bool | None) else getattr(kind, "__name__", str(kind))
+
+
+def plain_value(value, kind):
+    """A value as plain data of a field's type; a sweep may give numbers of numpy, or paths. Raises TypeError."""
+    for option in options(kind):
+        origin = typing.get_origin(option) or option
+        if origin is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif origin is typing.Any or isinstance(value, NUMBERS.get(origin, origin)):
+            return origin(value) if origin in NUMBERS else value
+    raise TypeError(f"it must be {name_of(kind)}")
+
+
+def plain(c):
+    """A dataclass of settings as plain data of its annotated types: checkpoints hold nothing else."""
+    values, kinds = {}, typing.get_type_hints(type(c))
+    for field in fields(c):
+        value = getattr(c, field.name)
+        try:
+            is_default = value is None and field.default is None  # as in "size: int = None"
+            values[field.name] = None if is_default else plain_value(value, kinds[field.name])
+        except TypeError as error:
+            raise UserError(f"{field.name} is {value!r}: {error}") from None
+        if field.name in PATHS:
+            values[field.name] = expand(values[field.name])
+    return replace(c, **values)
+
+
+# -----------------------------------------------------------------------------
+# The command line
 
 
 def parse(text, kind):
-    """The value of a flag, of the type of its field: "none" for None, "0.9,0.95" for a tuple, true or false for a bool.
-    A field of another type takes what one would write in Python."""
+    """The value of a flag by the type of its field: a number, a word, true or false, "none" for None. Any other type
+    accepts what one would write in Python, such as 0.9,0.95 for a tuple."""
     for option in options(kind):
-        origin = typing.get_origin(option) or option
         try:
             if option is types.NoneType:
                 if text.lower() in ("none", "auto"):
                     return None
             elif option is bool:
-                return next(value for value, words in TRUTH.items() if text.lower() in words)
-            elif origin is typing.Literal:
-                return next(value for value in typing.get_args(option) if text == str(value))
-            elif origin in (tuple, list):
-                words = text.split(",") if text else []
-                return origin(parse(*pair) for pair in zip(words, elements(option, len(words)), strict=True))
+                return WORDS[text.lower()]
+            elif option in (int, float, str):
+                return option(text)
             else:
-                return option(text) if option in (int, float, str) else ast.literal_eval(text)
-        except (ValueError, SyntaxError, StopIteration, argparse.ArgumentTypeError):
+                value = text if typing.get_origin(option) is typing.Literal else ast.literal_eval(text)
+                return plain_value(value, option)
+        except (ValueError, SyntaxError, KeyError, TypeError):
             continue
     no = "; or give the flag alone, or begin it with --no-" if bool in options(kind) else ""
     raise argparse.ArgumentTypeError(f"{text!r} is not {name_of(kind)}{no}")
 
 
-def name_of(kind):
-    return "true or false" if kind in (bool, bool | None) else getattr(kind, "__name__", str(kind))
+def comments_of(dataclass):
+    """The comment that stands beside each field in the source, by the field's name."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(dataclass), re.M))
 
 
 def parse_args(dataclass, presets, description, argv=None):
@@ -115,111 +138,73 @@ def parse_args(dataclass, presets, description, argv=None):
 
 def is_own_data(folder, source):
     """Whether there are shards in a folder, and of another source."""
-    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    folder = os.path.expanduser(folder or "")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     try:
         return json.loads(Path(folder, "manifest.json").read_bytes())["source"] != source
     except (OSError, TypeError, ValueError, KeyError):
         return any(name.endswith((".npy", ".bin")) for name in names)
 
 
-def divisors(n):
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
+# -----------------------------------------------------------------------------
+# What can run
 
 
 def batch_near(c, world_size):
-    """Flags for a batch near the requested one that divides evenly among the ranks."""
+    """The total_batch_size near the one asked for that micro-batches divide evenly among the ranks."""
     unit = c.sequence_length * world_size
-    micro_batches = math.ceil(c.total_batch_size / unit / c.micro_batch_size)  # of a rank in a step
-    size = max(1, round(c.total_batch_size / unit / micro_batches))
-    flags = f"--total_batch_size {size * micro_batches * unit}"
-    if micro_batches == 1 or size == c.micro_batch_size:
-        return flags
-    unit *= c.micro_batch_size
-    same = max(1, round(c.total_batch_size / unit)) * unit
-    return f"{flags} --micro_batch_size {size}, or --total_batch_size {same},"
+    unit *= min(c.micro_batch_size, max(1, round(c.total_batch_size / unit)))
+    return max(1, round(c.total_batch_size / unit)) * unit
 
 
-def conditions(c, world_size, model_names):
-    """Pairs of a condition that must hold and the message if it does not."""
-    sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
-    fit, near = ([], f"none; {batch_near(c, world_size)} would do") if rest else (divisors(sequences), "")
+def problems(c, world_size, model_names):
+    """Yield what cannot run, as messages with the remedy. c: the settings, None where this code does not have one."""
+    if c.n_head and c.n_embd % c.n_head:
+        yield f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: choose a multiple"
+    if c.total_batch_size and c.micro_batch_size:
+        sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
+        if rest or sequences % min(sequences, c.micro_batch_size):
+            yield (
+                f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
+                f"sequence_length {c.sequence_length} x {world_size} ranks: give another micro_batch_size, or "
+                f"--total_batch_size {batch_near(c, world_size)}"
+            )
     names = ("scratch", "resume", *model_names)
-    missing = "" if c.init_from in names else why_missing(c.init_from)
-    return [
-        (
-            c.n_embd % c.n_head == 0,
-            f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: these n_head fit: {divisors(c.n_embd)}",
-        ),
-        (
-            min(sequences, c.micro_batch_size) in fit,
-            f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
-            f"sequence_length {c.sequence_length} x {world_size} ranks: these micro-batch sizes fit: {fit or near}",
-        ),
-        (
-            not missing,
-            f"init_from {c.init_from!r} is not a file and none of {', '.join(names)}: {missing}",
-        ),
-        (
-            c.vocab_size >= VOCAB_SIZE or not (c.sample_every or c.hellaswag_every),
-            f"vocab_size {c.vocab_size} is below {VOCAB_SIZE}: it needs --sample_every 0 --hellaswag_every 0",
-        ),
-        (
-            not c.tracker or find_spec(c.tracker),
-            f"tracker is {c.tracker!r}, which is not installed: pip install {c.tracker}, or give no --tracker",
-        ),
-        (
-            c.sample_prompt or not c.sample_every,
-            "sample_prompt is empty: give the samples a beginning, or --sample_every 0",
-        ),
-    ]
+    if c.init_from and c.init_from not in names and (missing := why_missing(c.init_from)):
+        yield f"init_from {c.init_from!r} is not a file and none of {', '.join(names)}: {missing}"
+    if c.vocab_size and c.vocab_size < VOCAB_SIZE and (c.sample_every or c.hellaswag_every):
+        yield (
+            f"vocab_size {c.vocab_size} is below the {VOCAB_SIZE} tokens of GPT-2: give at least that many, or "
+            "--sample_every 0 --hellaswag_every 0"
+        )
+    if c.tracker and not find_spec(c.tracker):
+        yield f"tracker is {c.tracker!r}, which is not installed: pip install {c.tracker}, or leave out --tracker"
+    if c.sample_every and c.sample_prompt == "":
+        yield "sample_prompt is empty: set a prompt, or --sample_every 0"
 
 
-def plain_value(value, kind):
-    """A value as plain data of a field's type; a sweep may give numbers of numpy, or paths. Raises TypeError."""
-    for option in options(kind):
-        origin = typing.get_origin(option) or option
-        if origin is typing.Literal:
-            if value in typing.get_args(option):
-                return value
-        elif origin in (tuple, list):
-            if isinstance(value, tuple | list):
-                kinds = elements(option, len(value)) if typing.get_args(option) else map(type, value)
-                return origin(plain_value(*pair) for pair in zip(value, kinds, strict=True))
-        elif isinstance(value, KINDS.get(option, origin)):
-            return option(value) if option in (int, float, str) else value
-    raise TypeError
+class OrNone:
+    """The settings of a run; those that a fork has deleted are None."""
 
+    def __init__(self, c):
+        self.__dict__.update(vars(c))
 
-def plain(c):
-    """The settings c as plain data: checkpoints hold nothing else."""
-    values, kinds = {}, typing.get_type_hints(type(c))
-    for field in fields(c):
-        value, kind = getattr(c, field.name), kinds[field.name]
-        try:
-            is_default = value is None and field.default is None  # as in "size: int = None"
-            values[field.name] = None if is_default else plain_value(value, kind)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{field.name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}"
-            ) from None
-        if field.name in PATHS:
-            values[field.name] = expand(values[field.name])
-    return replace(c, **values)
+    def __getattr__(self, name):
+        return None
 
 
 def check(c, world_size, model_names):
     """Return the settings as plain values. Raises UserError, with the remedy, for those that cannot run."""
     c = plain(c)
     for name, (least, most) in RANGES.items():
-        if not least <= getattr(c, name) <= most:  # so that NaN is refused, too
-            limit = f"{least} or more" if getattr(c, name) < least else f"from {least} to {most}"
-            raise UserError(f"{name} is {getattr(c, name)}: it must be {limit}")
+        value = getattr(c, name, None)
+        if value is not None and not least <= value <= most:  # also rejects NaN
+            limit = f"{least} or more" if value < least else f"from {least} to {most}"
+            raise UserError(f"{name} is {value}: it must be {limit}")
     for name, choices in CHOICES.items():
-        if getattr(c, name) not in choices:
+        if getattr(c, name, choices[0]) not in choices:
             names = " ".join(choice or "empty" for choice in choices)
             raise UserError(f"{name} is {getattr(c, name)!r}: it must be one of {names}")
-    for holds, message in conditions(c, world_size, model_names):
-        if not holds:
-            raise UserError(message)
+    for problem in problems(OrNone(c), world_size, model_names):
+        raise UserError(problem)
     return c

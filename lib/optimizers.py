@@ -2,8 +2,6 @@
 Several optimizers as one, and loading their state from a checkpoint that may be damaged, forged, or not theirs.
 """
 
-import copy
-
 import torch
 
 from lib.console import UserError
@@ -42,89 +40,82 @@ def as_one(optimizer, max_lr):
     return optimizer
 
 
-def settings_of(optimizer):
-    """The settings of each parameter group as plain data, such as betas and weight_decay; not the learning rate, which
-    every step sets."""
-    return [
-        {name: value for name, value in group.items() if isinstance(value, PLAIN) and name not in ("lr", "lr_scale")}
-        for group in optimizer.param_groups
-    ]
-
-
-def shapes_of(state):
-    """The shapes of the tensors that an optimizer keeps for one parameter, by name."""
-    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
 def parts_of(optimizer):
     return optimizer.optimizers if isinstance(optimizer, Optimizers) else [optimizer]
 
 
+def settings_of(optimizer):
+    """The class and the settings of each parameter group as plain data, such as betas and weight_decay; not the
+    learning rate, which every step sets."""
+    return [
+        {"class": type(part).__name__}
+        | {name: value for name, value in group.items() if type(value) in PLAIN and name not in ("lr", "lr_scale")}
+        for part in parts_of(optimizer)
+        for group in part.param_groups
+    ]
+
+
 def make_moments(optimizer):
-    """Allocate AdamW's moments now. Its first step would place them in the gaps between that step's gradients, and the
-    next step's gradients would not find the memory that the rehearsal found. Other optimizers allocate in a step."""
-    for part in parts_of(optimizer):
-        groups = part.param_groups if type(part) is torch.optim.AdamW else []
-        for group in [] if any(group["amsgrad"] for group in groups) else groups:
-            for p in [p for p in group["params"] if not part.state[p]]:
+    """Allocate AdamW's moments now. Allocated in the first step, they fragment memory, and the rehearsal no longer
+    predicts the peak."""
+    for part in [part for part in parts_of(optimizer) if type(part) is torch.optim.AdamW]:
+        for group in [group for group in part.param_groups if not group["amsgrad"]]:
+            for p in [p for p in group["params"] if p.requires_grad and not part.state[p]]:
                 step = torch.zeros((), device=p.device if group["fused"] or group["capturable"] else "cpu")
                 part.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 
-def expected_state(optimizer):
-    """The state that this optimizer keeps for each of its parameters, as dicts, found by stepping a copy of it."""
-    make_moments(optimizer)
-    trial = optimizer
-    if not optimizer.state:
-        trial = object.__new__(type(optimizer))
-        trial.__dict__ = copy.deepcopy(optimizer.__dict__)  # its parameters, too
-        for parameter in [p for group in trial.param_groups for p in group["params"] if p.requires_grad]:
-            parameter.grad = torch.zeros_like(parameter)
-        trial.step()
-    return [trial.state.get(p, {}) for group in trial.param_groups for p in group["params"]]
-
-
-def missing_state(optimizer):
-    """Tensors like those that the first step will allocate, to check that they fit in memory."""
+def state_like(optimizer):
+    """Tensors as large as what the first step will allocate: two for each parameter, as in Adam. Optimizers that have
+    their state already add nothing."""
+    parts = [part for part in parts_of(optimizer) if not part.state]
     return [
-        torch.empty_like(value)
-        for part in parts_of(optimizer)
-        if not part.state
-        for state in expected_state(part)
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
+        torch.empty_like(p)
+        for part in parts
+        for group in part.param_groups
+        for p in group["params"] * 2
+        if p.requires_grad
     ]
 
 
-def load_optimizer(optimizer, state, trained, settings=None):
-    """Load a state_dict into an optimizer; if the model is `trained`, it must have state for every parameter.
+def check_adamw(optimizer, state):
+    """Raise ValueError unless the state has the shapes of the parameters: AdamW's fused kernel would read beyond."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            expected = () if name == "step" else tuple(parameters[index].shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} of parameter {index} has the shape {tuple(value.shape)}, not {expected}")
+        if missing := {"step", "exp_avg", "exp_avg_sq"} - moments.keys():
+            raise ValueError(f"parameter {index} has no {', '.join(sorted(missing))}")
+
+
+def load_optimizer(optimizer, state, settings=None):
+    """Load a state_dict into an optimizer.
 
     settings: settings_of the optimizer that the run began with. Where this optimizer differs from them, the user has
-    changed a setting since, and the new value is kept; without them, all of its own are. Raises UserError unless every
-    tensor has the shape that this optimizer gives it: a fused kernel would read out of bounds.
+    changed a setting since, and the new value is kept; without them, its own settings are kept. Raises UserError if the
+    state is that of another optimizer.
     """
     try:
         if isinstance(optimizer, Optimizers):
             settings = iter(settings or [])
             for part, its_state in zip(optimizer.optimizers, state["optimizers"], strict=True):
                 its_settings = [group for _, group in zip(part.param_groups, settings, strict=False)]
-                load_optimizer(part, its_state, trained, its_settings)
+                load_optimizer(part, its_state, its_settings)
             return
-        expected = [shapes_of(its_state) for its_state in expected_state(optimizer)]
-        for index in [i for i, shapes in enumerate(expected) if shapes and (trained or state["state"])]:
-            found = shapes_of(state["state"].get(index, {}))
-            if found != expected[index]:
-                raise ValueError(f"for parameter {index} it has the shapes {found}, not {expected[index]}")
-        if unknown := [index for index in state["state"] if index not in range(len(expected))]:
-            raise ValueError(f"it has state of parameters {unknown}, beyond the {len(expected)} of the model")
+        if isinstance(optimizer, torch.optim.AdamW):
+            check_adamw(optimizer, state)
         groups = []
         for i, (theirs, own) in enumerate(zip(state["param_groups"], optimizer.param_groups, strict=True)):
             began = settings[i] if settings else {}
+            if began.get("class", type(optimizer).__name__) != type(optimizer).__name__:
+                raise ValueError(f"it is of {began['class']}, not {type(optimizer).__name__}")
             evolved = {name: theirs[name] for name in began if name in theirs and own.get(name) == began[name]}
             groups.append({**own, **evolved, "lr": theirs["lr"], "params": theirs["params"]})
         optimizer.state.clear()  # its memory
         optimizer.load_state_dict({**state, "param_groups": groups})
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(
             f"cannot resume: the checkpoint's optimizer does not match this code's: {error}. To continue from its "
             "weights with another optimizer, start a new run: --init_from CHECKPOINT --log_dir ANOTHER_FOLDER"

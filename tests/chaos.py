@@ -30,9 +30,8 @@ import psutil
 import torch
 from support import TINY, command_of, environment, flags_of, read_log, write_shards
 
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import list_checkpoints, load_checkpoint, newest_whole_checkpoint, step_of
 from lib.console import UserError
-from lib.run.checkpoints import list_checkpoints, newest_whole_checkpoint, step_of
 from train_gpt2 import TrainConfig, main
 
 SETTINGS = {**TINY, "n_layer": 1, "total_batch_size": 128, "val_every": 20, "max_lr": 1e-3, "min_lr_ratio": 1.0}

@@ -189,7 +189,7 @@ def assert_same(a, b, path=""):
 def assert_same_run(a, b, step):
     assert read_log(a) == read_log(b)
     a, b = (load_checkpoint(folder / f"model_{step:05d}.pt") for folder in (a, b))
-    for name in ("model", "optimizer", "scaler", "step", "val_loss", "random_states", "config", "data"):
+    for name in ("model", "optimizer", "scaler", "step", "val_loss", "tokens", "config", "data"):
         assert_same(a[name], b[name], name)
 
 

@@ -46,11 +46,10 @@ from support import (
 import hellaswag
 import train_gpt2
 from lib import config as knobs
-from lib.checkpoint import load_checkpoint, write_checkpoint
+from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, write_checkpoint
 from lib.console import UserError, run_as_command
 from lib.data import stream as dataset
 from lib.files import hash_file
-from lib.run.checkpoints import newest_whole_checkpoint
 from train_gpt2 import TrainConfig, main, parse_args
 
 SMALL = dict(n_layer=1, total_batch_size=128, micro_batch_size=4, max_steps=12, checkpoint_every=4, val_every=4,

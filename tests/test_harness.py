@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import run
 
-from lib.run import checkpoints as checkpoint
+from lib import checkpoint
 from lib.tokenizer import get_tokenizer
 from train_gpt2 import GPT, GPTConfig
 

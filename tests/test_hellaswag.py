@@ -77,13 +77,13 @@ def test_acc_and_acc_norm_can_disagree():
     """A model that knows only how common a token is: a short ending has the lowest sum, a long one the lowest mean."""
 
     class Unigram(torch.nn.Module):
-        lm_head = torch.nn.Linear(1, 50304, bias=False)
+        head = torch.nn.Linear(1, 50304, bias=False)
 
         def hidden_states(self, tokens):
             return torch.ones(*tokens.shape, 1)
 
     with torch.no_grad():
-        Unigram.lm_head.weight.zero_()[hellaswag.get_tokenizer().encode_ordinary(" the")] = 5.0
+        Unigram.head.weight.zero_()[hellaswag.get_tokenizer().encode_ordinary(" the")] = 5.0
     item = {"ctx": "Then", "endings": ["dog", "the the the the", "dog dog", "dog man roof"]}
     for label, expected in ((0, [1, 0, 1]), (1, [0, 1, 1])):
         batches = hellaswag.make_batches([{**item, "label": label}])

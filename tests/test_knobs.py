@@ -45,16 +45,13 @@ def test_a_switch_that_is_neither_is_refused(capsys):
 
 @pytest.mark.parametrize("ranks", [3, 5, 6, 7])
 @pytest.mark.parametrize("settings", [{}, dict(micro_batch_size=5), dict(total_batch_size=500, sequence_length=32)])
-def test_a_batch_that_the_ranks_cannot_share_names_those_near_that_they_can(ranks, settings):
+def test_a_batch_that_the_ranks_cannot_share_names_one_near_that_they_can(ranks, settings):
     config = TrainConfig(**settings)
-    with pytest.raises(UserError, match="sizes fit: none; (.*) would do") as error:
+    with pytest.raises(UserError, match=r"--total_batch_size \d+$") as error:
         knobs.check(config, ranks, OPENAI_MODELS)
-    for flags in re.search("none; (.*) would do", str(error.value))[1].rstrip(",").split(", or "):
-        near = replace(config, **{name: int(n) for name, n in re.findall(r"--(\w+) (\d+)", flags)})
-        knobs.check(near, ranks, OPENAI_MODELS)
-        assert 0.6 < near.total_batch_size / config.total_batch_size < 1.6
-    first = int(re.search(r"--total_batch_size (\d+)", str(error.value))[1])
-    assert abs(first - config.total_batch_size) / config.total_batch_size < 0.2
+    near = replace(config, total_batch_size=int(str(error.value).split()[-1]))
+    knobs.check(near, ranks, OPENAI_MODELS)
+    assert 0.75 <= near.total_batch_size / config.total_batch_size <= 1.25
 
 
 @pytest.mark.parametrize("kilobytes", [1, 24])
@@ -139,5 +136,5 @@ def test_settings_of_other_types_have_their_flag_and_are_plain_data():
     for flag in ("--betas=0.8", "--kind=tanh", "--clip=x"):
         with pytest.raises(SystemExit):
             parse(flag)
-    with pytest.raises(UserError, match="kind is 'tanh': it must be of type"):
+    with pytest.raises(UserError, match="kind is 'tanh': it must be"):
         knobs.plain(OtherSettings(kind="tanh"))

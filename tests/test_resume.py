@@ -28,11 +28,9 @@ from support import (
 )
 
 import train_gpt2
-from lib import optimizers
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from lib.console import Stopped, UserError
 from lib.optimizers import load_optimizer
-from lib.run.checkpoints import newest_whole_checkpoint, save_checkpoint
 from train_gpt2 import main
 
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
@@ -66,7 +64,7 @@ def test_resuming_with_other_ranks_and_micro_batches_keeps_the_losses(tiny, tmp_
     assert result.returncode == 0 and "resuming at step 20" in result.stdout, result.stdout
     for kind, count in (("train", 60), ("val", 4)):
         whole, log = (losses(tmp_path / d, kind) for d in ("whole", "log"))
-        assert len(whole) == count and log == pytest.approx(whole, abs=1e-5 if kind == "train" else 1.01e-4)
+        assert len(whole) == count and log == pytest.approx(whole, abs=5e-5 if kind == "train" else 1.01e-4)
 
 
 def test_resume_without_a_checkpoint_begins_at_step_0(tiny, tmp_path, capsys):
@@ -113,7 +111,7 @@ def test_damaged_checkpoints_are_named_and_the_run_falls_back(kind, tiny, tmp_pa
     capsys.readouterr()
     main(tiny(checkpoint_every=5, init_from="resume"))
     out = capsys.readouterr().out
-    reason = "is damaged" if kind == "flipped" else "was not written by this trainer, or is truncated"
+    reason = "is damaged" if kind == "flipped" else "is truncated, or was not written by this trainer"
     assert f"model_00020.pt {reason}" in out and "resuming at step 15" in out
     assert read_log(tmp_path / "log") == whole
     for path in (tmp_path / "log").glob("*.pt"):
@@ -123,11 +121,13 @@ def test_damaged_checkpoints_are_named_and_the_run_falls_back(kind, tiny, tmp_pa
     assert read_log(tmp_path / "log") == whole
 
 
-def test_a_malicious_pickle_executes_nothing(tmp_path):
+def test_a_malicious_pickle_executes_nothing(tmp_path, monkeypatch):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
+    assert not save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)
+    monkeypatch.setattr("lib.checkpoint.check_plain", lambda value, name: None)
     assert save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)  # with the right sha256
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
     for name in ("model_00001.pt", "plain.pt"):
@@ -246,17 +246,18 @@ def test_workers_without_their_torchrun_stop_and_free_the_log_dir(tiny, tmp_path
 
 
 def poison(monkeypatch, steps):
-    """NaN losses in these optimizer steps; the tiny runs take 8 micro-batches a step."""
-    forward, calls = train_gpt2.GPT.forward, [0]
+    """NaN losses in these optimizer steps."""
+    forward, get_lr, now = train_gpt2.GPT.forward, train_gpt2.get_lr, [-1]
 
     def poisoned(self, idx, targets=None, return_logits=True):
         logits, loss = forward(self, idx, targets, return_logits)
-        if self.training:
-            calls[0] += 1
-            if (calls[0] - 1) // 8 in steps and calls[0] % 8 == 3:
-                loss = loss * float("nan")
-        return logits, loss
+        return logits, loss * float("nan") if self.training and now[0] in steps else loss
 
+    def get_lr_at(step, config):
+        now[0] = step
+        return get_lr(step, config)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr_at)
     monkeypatch.setattr(train_gpt2.GPT, "forward", poisoned)
 
 
@@ -374,7 +375,7 @@ def test_steps_of_six_digits_come_after_those_of_five(tmp_path):
     assert newest_whole_checkpoint(tmp_path).name == "model_100000.pt"
 
 
-def test_moments_of_another_kind_of_device_go_where_the_fused_kernel_needs_them(monkeypatch):
+def test_moments_of_another_kind_of_device_go_where_the_fused_kernel_needs_them():
     model = torch.nn.Linear(2, 2)
     old = torch.optim.AdamW(
         model.parameters(), fused=False
@@ -383,7 +384,6 @@ def test_moments_of_another_kind_of_device_go_where_the_fused_kernel_needs_them(
     old.step()
     new = torch.optim.AdamW(torch.nn.Linear(2, 2, device="meta").parameters())
     new.param_groups[0]["fused"] = True
-    monkeypatch.setattr(optimizers, "expected_state", lambda optimizer: list(old.state.values()))  # meta cannot step
-    load_optimizer(new, old.state_dict(), trained=True)
+    load_optimizer(new, old.state_dict())
     assert {moment.device.type for state in new.state.values() for moment in state.values()} == {"meta"}
     assert new.param_groups[0]["fused"] is True

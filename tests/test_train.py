@@ -42,7 +42,7 @@ def test_a_run_leaves_its_log_and_checkpoints(tiny, tmp_path, capsys):
     checkpoint = load(tmp_path / "log" / "model_00021.pt")
     assert checkpoint["step"] == 21 and checkpoint["val_loss"] == metrics["val_loss"]
     assert checkpoint["config"]["n_layer"] == 2 and checkpoint["train_config"]["max_steps"] == 21
-    assert {"model", "optimizer", "random_states"} <= set(checkpoint)
+    assert {"model", "optimizer", "tokens"} <= set(checkpoint)
     model = train_gpt2.load_model(str(tmp_path / "log" / "model_00021.pt"))
     loader = train_gpt2.DataLoaderLite(4, 32, 0, 1, "val", data_root=tmp_path / "data")
     val_loss = train_gpt2.evaluate_loss(model, loader, 31, torch.device("cpu"))
@@ -156,16 +156,16 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
 
 
 REFUSALS = {
-    "n_embd 32 is not divisible by n_head 3: these n_head fit: [1, 2, 4": ["--n_head=3"],
-    "these micro-batch sizes fit: [1, 2, 4, 8, 16]": ["--micro_batch_size=5"],
-    "micro-batch sizes fit: none": ["--total_batch_size=500"],
+    "n_embd 32 is not divisible by n_head 3: choose a multiple": ["--n_head=3"],
+    "give another micro_batch_size, or --total_batch_size 480": ["--micro_batch_size=5"],
+    "give another micro_batch_size, or --total_batch_size 512": ["--total_batch_size=500"],
     "n_layer is 0: it must be 1 or more": ["--n_layer=0"],
     "dtype is 'int8': it must be one of auto": ["--dtype=int8"],
     "device is cuda, but": ["--device=cuda"],
     "device is mps, but": ["--device=mps"],
     "is not a file and none of scratch": ["--init_from=gpt5"],
     "was not written by this trainer": [f"--init_from={ROOT / 'README.md'}"],
-    "it needs --sample_every 0": ["--sample_every=5"],
+    "give at least that many, or --sample_every 0": ["--sample_every=5"],
     "keep_checkpoints is 1": ["--keep_checkpoints=1"],
     "python fineweb.py": ["--data_dir=nowhere"],
     "too few for one step": ["--total_batch_size=32768"],

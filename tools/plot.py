@@ -34,7 +34,7 @@ def read_checkpoint(log_dir):
     """Tokens of a step, size and dataset of the run whose checkpoints are in log_dir; None if none can be read."""
     import torch  # here, since it takes seconds, and the trainer gives the flags instead
 
-    from lib.run.checkpoints import list_checkpoints
+    from lib.checkpoint import list_checkpoints
 
     for path in list_checkpoints(log_dir)[::-1]:
         try:  # with mmap the weights stay on the disk

@@ -2,15 +2,20 @@
 Build a model from saved weights, ours or others', or raise an error that says what does not match.
 """
 
+import importlib
 import os
-from dataclasses import MISSING, fields
+import re
+import sys
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.checkpoint import load_checkpoint
+from lib.config import plain
 from lib.console import UserError, print0
-from lib.files import expand, why_missing
+from lib.files import ROOT, expand, hash_file, why_missing
 from lib.model import hugging_face
 from lib.tokenizer import VOCAB_SIZE
 
@@ -20,8 +25,8 @@ OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 class NoRandomWeights(TorchFunctionMode):
     """Parameters made within stay uninitialized, to be replaced by a checkpoint's. This saves a second of random
-    numbers for 124M, and another on the meta device, where the first one imports torch's compiler. (A model made on the
-    meta device and assigned to would lack the buffers that no checkpoint holds.)"""
+    numbers for 124M, and another on the meta device, where the first one imports torch's compiler. (Building on meta
+    and assigning would leave non-persistent buffers on meta.)"""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         tensor = (*args, *(kwargs or {}).values())[:1]
@@ -36,38 +41,97 @@ def on_meta(model_class, config):
         return model_class(config)
 
 
+# -----------------------------------------------------------------------------
+# Configs
+
+
 def match_config(saved, config_class):
     """A checkpoint's config as a config_class. Missing fields take their defaults; unknown fields are ignored if they
     are off (None, False, 0); both are reported. Raises UserError for other unknown fields and for invalid values."""
-    known = {field.name: field.default for field in fields(config_class)}
-    missing, unknown = [[n for n in a if n not in b] for a, b in ((known, saved), (saved, known))]
-    if lacking := [name for name in missing if known[name] is MISSING]:
-        raise UserError(f"the checkpoint's model has no {', '.join(lacking)} in its config {saved}")
+    known = {field.name: field for field in fields(config_class)}
+    missing = [name for name in known if name not in saved]
+    unknown = [name for name in saved if name not in known]
+    required = [n for n in missing if known[n].default is MISSING and known[n].default_factory is MISSING]
+    if required:
+        raise UserError(f"the checkpoint's model has no {', '.join(required)} in its config {saved}")
     if foreign := {name: saved[name] for name in unknown if saved[name]}:
         raise UserError(
             f"the checkpoint's model has {foreign} in its config, which this code's {config_class.__name__} does not "
             "have: use the code that it was trained with, or add the field"
         )
-    for field in fields(config_class):
-        value, kind = saved.get(field.name, field.default), type(field.default)
-        if field.name in SIZES and (type(value) is not int or value < 1):
-            raise UserError(f"the checkpoint's model has {field.name} {value!r} in its config: it must be 1 or more")
-        if field.default is not None and not isinstance(value, float | int if kind is float else kind):
-            raise UserError(f"the checkpoint's model has {field.name} {value!r}, not of type {kind.__name__}")
-    notes = [f"{name} is not in the checkpoint and takes its default, {known[name]!r}" for name in missing]
-    notes += [
-        f"{name} is {saved[name]!r} in the checkpoint and ignored, since this code has no such field"
-        for name in unknown
-    ]
-    for note in notes:
-        print0(f"{config_class.__name__}: {note}")
-    return config_class(**{name: value for name, value in saved.items() if name in known})
+    for name in known.keys() & saved.keys() & set(SIZES):
+        if type(saved[name]) is not int or saved[name] < 1:
+            raise UserError(f"the checkpoint's model has {name} {saved[name]!r} in its config: it must be 1 or more")
+    try:
+        config = plain(config_class(**{name: value for name, value in saved.items() if name in known}))
+    except UserError as error:
+        raise UserError(f"the checkpoint's model has an invalid config: {error}") from None
+    for name in missing:
+        default = getattr(config, name)
+        print0(f"{config_class.__name__}: {name} is not in the checkpoint and takes its default, {default!r}")
+    for name in unknown:
+        print0(
+            f"{config_class.__name__}: {name} is {saved[name]!r} in the checkpoint and ignored, since this code has no "
+            "such field"
+        )
+    return config
 
 
-def rebuild(checkpoint, model_class, config_class):
+def with_settings(saved, wanted):
+    """The saved config of a model, with the fields of `wanted` that are no sizes and differ from their defaults: a run
+    from other weights has been told to use these. They are reported."""
+    defaults = {field.name: field.default for field in fields(wanted)}
+    defaults |= {f.name: f.default_factory() for f in fields(wanted) if f.default_factory is not MISSING}
+    chosen = {
+        name: getattr(wanted, name)
+        for name, default in defaults.items()
+        if name not in SIZES and getattr(wanted, name) not in (default, getattr(saved, name))
+    }
+    for name, value in chosen.items():
+        print0(f"{name} is {value!r}, not {getattr(saved, name)!r} as in the weights")
+    return replace(saved, **chosen)
+
+
+# -----------------------------------------------------------------------------
+# Weights
+
+
+def script_classes(checkpoint, model_class, config_class):
+    """The model's classes from the script that trained it, if that is another one beside this one: people copy
+    train_gpt2.py and change the copy. Says if it is no longer there, or was changed since."""
+    name, digest = checkpoint.get("script", ["", ""])
+    own = Path(sys.modules[model_class.__module__].__file__).name
+    if not re.fullmatch(r"\w+\.py", name):
+        return model_class, config_class
+    if not (ROOT / name).is_file():
+        print0(f"warning: trained by {name}, which is not in {ROOT}/: the model is that of {own}")
+        return model_class, config_class
+    if name == own:
+        return model_class, config_class
+    module = importlib.import_module(name.removesuffix(".py"))
+    return module.GPT, module.GPTConfig
+
+
+def trained_by(checkpoint):
+    """Why the script beside this one is not the one that trained a checkpoint, as text; "" if it is."""
+    name, digest = checkpoint.get("script", ["", ""])
+    if not name:
+        return ""
+    if not (ROOT / name).is_file():
+        return f"it was trained by {name}, which is not in {ROOT}/"
+    return "" if hash_file(ROOT / name) == digest else f"{name} has changed since it trained this"
+
+
+def rebuild(checkpoint, model_class, config_class, wanted=None):
     """The model of a checkpoint, on the CPU. Raises UserError if its weights do not match its config, or its config
-    does not match this code."""
+    does not match this code.
+
+    wanted: the config of a run that starts from these weights, which chooses its settings but not its sizes. Weights
+    that it adds are then new.
+    """
     config, weights = match_config(checkpoint["config"], config_class), checkpoint["model"]
+    if wanted:
+        config = with_settings(config, wanted)
     found = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
     try:
         if config.n_layer > len(weights) or config.n_embd % config.n_head:
@@ -79,8 +143,9 @@ def rebuild(checkpoint, model_class, config_class):
         raise UserError(
             f"the checkpoint's model cannot be built from its config {checkpoint['config']}: {error}"
         ) from None
+    new = [name for name in expected if name not in found] if wanted else []
     for name in {**expected, **found}:
-        if expected.get(name) != found.get(name):
+        if expected.get(name) != found.get(name) and name not in new:
             raise UserError(
                 f"the checkpoint's model does not match its config {checkpoint['config']}: {name} has the shape "
                 f"{found.get(name)}, not {expected.get(name)}"
@@ -88,11 +153,17 @@ def rebuild(checkpoint, model_class, config_class):
     tied = {}
     for name, parameter in meta.named_parameters(remove_duplicate=False):
         other = tied.setdefault(parameter, name)
-        if other != name and not torch.equal(weights[name], weights[other]):
+        if name in found and other in found and not torch.equal(weights[name], weights[other]):
             raise UserError(f"the checkpoint's {name} and {other} differ, but this code ties them: it is another model")
-    with NoRandomWeights():
+    if new:
+        print0(
+            f"new weights, which the checkpoint does not have: {', '.join(new[:9])}{', ...' if len(new) > 9 else ''}"
+        )
         model = model_class(config)
-    model.load_state_dict(weights)
+    else:
+        with NoRandomWeights():
+            model = model_class(config)
+    model.load_state_dict(weights, strict=not new)
     return model
 
 
@@ -104,6 +175,17 @@ def check_vocabulary(name, config):
         )
 
 
+def read_model(name):
+    """The contents of a checkpoint, or of a folder by tools/export_hf.py or of an OpenAI model in the same form."""
+    if name in OPENAI_MODELS:
+        return hugging_face.fetch(name)
+    path = expand(name)
+    if missing := why_missing(path):
+        names = ", ".join(OPENAI_MODELS)
+        raise UserError(f"{name!r} is not a checkpoint, an exported folder or one of {names}: {missing}")
+    return hugging_face.read_folder(path) if os.path.isdir(path) else load_checkpoint(path)
+
+
 def from_openai(name, model_class, config_class):
     """OpenAI's weights from the Hugging Face hub."""
     if name not in OPENAI_MODELS:
@@ -112,30 +194,35 @@ def from_openai(name, model_class, config_class):
 
 
 def load_model(name, model_class, config_class):
-    """A model on the CPU, from an OpenAI model name, a checkpoint or a folder by tools/export_hf.py."""
-    if name in OPENAI_MODELS:
-        return from_openai(name, model_class, config_class)
-    path = expand(name)
-    if missing := why_missing(path):
-        names = ", ".join(OPENAI_MODELS)
-        raise UserError(f"{name!r} is not a checkpoint, an exported folder or one of {names}: {missing}")
-    read = hugging_face.read_folder if os.path.isdir(path) else load_checkpoint
-    return rebuild(read(path), model_class, config_class)
+    """A model on the CPU, of the script that trained it, from what read_model accepts."""
+    contents = read_model(name)
+    return rebuild(contents, *script_classes(contents, model_class, config_class))
 
 
-def initial_model(init_from, model_config, checkpoint, model_class):
-    """The model that a run starts with, on the CPU: from its own checkpoint, from scratch with model_config, or from
-    other weights, which must support its sequence length and vocabulary."""
+def initial_model(init_from, wanted, checkpoint, model_class):
+    """The model that a run starts with, on the CPU: from its own checkpoint, from scratch with the config `wanted`, or
+    from other weights, which must support its sequence length and vocabulary."""
+    wanted = plain(wanted)
     if checkpoint:
-        return rebuild(checkpoint, model_class, type(model_config))
+        return rebuild(checkpoint, model_class, type(wanted))
     if init_from == "scratch":
-        return model_class(model_config)
+        return model_class(wanted)
     print0(f"starting from {init_from}")
-    model = load_model(init_from, model_class, type(model_config))
-    T, V = model_config.block_size, model_config.vocab_size
+    model = rebuild(read_model(init_from), model_class, type(wanted), wanted)
+    T, V = wanted.block_size, wanted.vocab_size
     if model.config.block_size < T or model.config.vocab_size < min(V, VOCAB_SIZE):  # OpenAI's have no padded ids
         raise UserError(
             f"{init_from} has a block_size of {model.config.block_size} and a vocab_size of {model.config.vocab_size}: "
             f"lower sequence_length from {T} and vocab_size from {V} to these"
         )
     return model
+
+
+def as_loaded(config, model_config):
+    """The settings of a run that starts from other weights, with what came from there: the sizes, and settings that
+    were left at their default."""
+    if config.init_from == "scratch":
+        return config
+    same = {field.name: field.default for field in fields(model_config) if hasattr(config, field.name)}
+    theirs = [name for name, default in same.items() if name in SIZES or getattr(config, name) == default]
+    return replace(config, **{name: getattr(model_config, name) for name in theirs})

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.console import UserError, say
 from lib.distributed import sum_over_ranks
 from lib.model.cpu_loss import CHUNK
-from lib.optimizers import make_moments, missing_state, parts_of
+from lib.model.trial import restored
+from lib.optimizers import make_moments, parts_of, state_like
 
 SPARE = 64 << 20  # bytes of a GPU that are left free for kernels that are loaded later
 
@@ -51,17 +52,18 @@ def cpu_bytes(gpt, tokens, checkpointing, fresh):
     with AdamW's moments, of which no page has been written yet. A block keeps 16 vectors of n_embd per token, with
     checkpointing one; the backward takes as much as one block, gradients of the tied matrix and a chunk of logits."""
     c, n = gpt.config, sum(p.numel() for p in gpt.parameters())
+    logits = CHUNK if gpt.fast_loss else 3 * tokens  # rows in memory at a time
     vectors = (c.n_layer + 32) if checkpointing else 16 * (c.n_layer + 1)
-    return 4 * (n * (3 if fresh else 1) + vectors * tokens * c.n_embd + c.vocab_size * (4 * c.n_embd + CHUNK))
+    return 4 * (n * (3 if fresh else 1) + vectors * tokens * c.n_embd + c.vocab_size * (4 * c.n_embd + logits))
 
 
 def rehearse(model, optimizer, B, T, vocab_size, device, autocast, count=2, also=None):
     """Allocate the most that a run needs: `count` micro-batches of B x T tokens, the second beside the gradients of the
     first; one of validation, whose float32 logits can take more than all activations of a small model; and what also()
-    needs. Neither the weights nor the random state change."""
+    needs. Weights, buffers and random states do not change."""
     is_ddp = isinstance(model, DistributedDataParallel)
     spare = torch.empty(SPARE if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    state = missing_state(optimizer)
+    state = state_like(optimizer)
     x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
     y = x.clone()  # one tensor as both arguments would be compiled separately
     with getattr(model, "no_sync", contextlib.nullcontext)():  # what fits may differ between ranks here
@@ -125,8 +127,6 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
     is_ddp, device = isinstance(model, DistributedDataParallel), next(gpt.parameters()).device
     is_fresh = not any(part.state for part in parts_of(optimizer))
     make_moments(optimizer)
-    if is_ddp or device.type == "cuda":
-        warm_up(model, device)
 
     def attempt(size, recompute):
         gpt.activation_checkpointing = recompute
@@ -145,5 +145,7 @@ def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpoin
             if device.type == "cuda":  # the compiler timed kernels that overwrite the logits on a copy in host memory
                 torch._C._host_emptyCache()
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # models with dropout draw from it
+    with restored(gpt):
+        if is_ddp or device.type == "cuda":
+            warm_up(model, device)
         return fit_in_memory(attempt, min(B, sequences), sequences, activation_checkpointing, device)

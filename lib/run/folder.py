@@ -3,7 +3,6 @@ The log_dir of a run, for which rank 0 writes: its lock, log.txt, checkpoints, a
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -12,39 +11,27 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import load_checkpoint
-from lib.console import UserError, say
+from lib.checkpoint import NAME, load_checkpoint, newest_whole_checkpoint, path_of, save_checkpoint
+from lib.console import Stopped, UserError, say
 from lib.distributed import from_rank_0, group_device, is_main_rank, sum_over_ranks
-from lib.files import ROOT, atomic_write, list_folder, lock_folder
-from lib.run import checkpoints, summary
+from lib.files import atomic_write, list_folder, lock_folder
+from lib.run import summary
 from lib.run.log import METRICS, Log, rewind_log
 from lib.run.tracker import Tracker, start_beside, wait_for
-
-
-def code_version():
-    """Identifies this code: its commit, with a hash of uncommitted changes; without git, a hash of the files."""
-
-    def git(*command):
-        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, check=True).stdout
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if (ROOT / ".git").exists():
-            commit, changes = git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD", "--", "*.py")
-            return commit + (f"+changes.{hashlib.sha256(changes).hexdigest()[:7]}" if changes else "")
-    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/**/*.py")])
-    return f"files.{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:7]}"
 
 
 class RunFolder:
     """`with RunFolder(...) as folder:` refuses a folder that holds another run, and releases it at the end.
 
-    saved: the path of the last checkpoint, False if it could not be written, None if none was due yet.
+    saved: the path of the last checkpoint, False if it could not be written, None if none was due yet. on_stop: what
+    saves the run if a signal stops it.
     """
 
     def __init__(self, path, resume, keep_checkpoints, tracker=""):
         self.path, self.resume, self.keep_checkpoints, self.saved = Path(path), resume, keep_checkpoints, None
         self.stack, self.tracker = contextlib.ExitStack(), Tracker(tracker)
         self.log, self.samples, self.drawing = Log(self.path / "log.txt"), Log(self.path / "samples.txt"), None
+        self.on_stop = None
 
     def __enter__(self):
         # a restart by torchrun --max-restarts resumes by itself, even on machines whose own count is still 0
@@ -54,8 +41,12 @@ class RunFolder:
             self.refuse_other_run()
         return self
 
-    def __exit__(self, *error):
-        self.close()
+    def __exit__(self, kind, error, trace):
+        try:
+            if isinstance(error, Stopped) and self.on_stop:
+                self.on_stop()
+        finally:
+            self.close()
 
     def close(self):
         wait_for(self.drawing)
@@ -63,7 +54,7 @@ class RunFolder:
 
     def refuse_other_run(self):
         names = [path.name for path in list_folder(self.path)]
-        if any(name == "log.txt" or checkpoints.NAME.fullmatch(name) for name in names):
+        if any(name == "log.txt" or NAME.fullmatch(name) for name in names):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
     def open(self, mmap=False):
@@ -92,7 +83,7 @@ class RunFolder:
                 raise
         self.stack.callback(self.log.close)
         self.stack.callback(self.samples.close)
-        return checkpoints.newest_whole_checkpoint(self.path)
+        return newest_whole_checkpoint(self.path)
 
     def begun_from(self, init_from, checkpoint):
         """What the run was started from; a resume before the first checkpoint starts from there again."""
@@ -107,12 +98,11 @@ class RunFolder:
 
     def begin(self, step, train_config):
         """Start recording at this step, in log.txt and with the tracker."""
-        if step == 0:
-            try:
-                with atomic_write(self.path / "config.json") as file:
-                    file.write(json.dumps(train_config, indent=1).encode() + b"\n")
-            except OSError as error:
-                say(f"warning: {self.path}/config.json cannot be written: {error}")
+        try:
+            with atomic_write(self.path / "config.json") as file:
+                file.write(json.dumps(train_config, indent=1).encode() + b"\n")
+        except OSError as error:
+            say(f"warning: {self.path}/config.json cannot be written: {error}")
         rewind_log(self.path / "log.txt", step)
         rewind_log(self.path / "samples.txt", step)
         self.tracker.start(self.path, step, train_config)
@@ -127,9 +117,9 @@ class RunFolder:
         """Save a checkpoint; the log is never behind it."""
         # while updates are skipped, keep the older ones: the current weights may be broken
         prune = not contents["nonfinite"]
-        path = checkpoints.path_of(self.path, contents["step"])
+        path = path_of(self.path, contents["step"])
         if flushed := self.log.flush(sync=True):
-            saved = checkpoints.save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
+            saved = save_checkpoint(self.path, contents, self.keep_checkpoints, prune)
         else:
             say(f"WARNING: {path} COULD NOT BE SAVED: log.txt must be written first")
         self.saved = flushed and saved and path
@@ -160,7 +150,7 @@ class RunFolder:
         if not is_main_rank():
             return
         if not self.path.is_dir():
-            raise UserError(f"{self.path}/ {checkpoints.GONE}")
+            raise UserError(f"{self.path}/ no longer exists: start again, or restore it and resume")
         if self.saved is False or not self.log.flush(sync=True):
             raise UserError(
                 f"the last checkpoint could not be saved, or not all of log.txt: make room in {self.path}/ and resume"

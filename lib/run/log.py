@@ -17,7 +17,18 @@ from lib.files import atomic_write
 FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f", "sample": ""}
 UNLOGGED = ("tokens_per_second", "mfu")  # they differ between identical runs: for the tracker only
 METRICS = {"train": "train_loss", "val": "val_loss"}  # names in main's result; other kinds keep theirs
+KIND = re.compile(r"[A-Za-z_]\S*")
 RECORD = re.compile(rb"(\d+) ([A-Za-z_]\S*) (\S[^\0-\x1f]*)")  # step, kind, value
+
+
+def number_of(kind, value):
+    """A record's value as a float. Raises UserError for what log.txt cannot hold."""
+    if not KIND.fullmatch(kind):
+        raise UserError(f"{kind!r} cannot be a kind of record: it must begin with a letter and have no spaces")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+        raise UserError(f"the record {kind} is {value!r:.200}, not a number") from None
 
 
 class Stopwatch(Counter):

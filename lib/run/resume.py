@@ -4,8 +4,9 @@ Restore a run from a checkpoint, or raise an error that says what does not match
 
 import torch
 
-from lib.console import UserError
+from lib.console import UserError, print0
 from lib.optimizers import Optimizers, load_optimizer
+from lib.run.code import short
 
 FIXED = ("sequence_length", "total_batch_size", "seed")  # besides those of the model
 # settings of paths and output, whose changes are not reported
@@ -16,29 +17,20 @@ QUIET = (
 )  # fmt: skip
 
 
-def random_states():
-    """The random states of torch and of this rank's GPU, for models that draw from them, as dropout does."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
-
-
-def restore(checkpoint, state):
-    """Load a checkpoint's states into the objects in `state`, by name, and torch's random states."""
-    try:
-        name = "random_states"
-        torch.set_rng_state(checkpoint[name][0])
-        if torch.cuda.is_initialized() and len(checkpoint[name]) > 1:
-            torch.cuda.set_rng_state(checkpoint[name][1])
-        for name, part in state.items():
-            if isinstance(part, torch.optim.Optimizer | Optimizers):
-                # no state yet if all steps were skipped, as float16's scaler may do
-                trained = checkpoint["step"] > checkpoint.get("nonfinite", 0) and not checkpoint.get("scaler")
-                load_optimizer(part, checkpoint[name], trained, checkpoint.get("optimizer_settings"))
-            elif checkpoint.get(name):  # the state of a gradient scaler is empty in float32
+def restore(checkpoint, parts):
+    """Load a checkpoint's states into the objects in `parts`, by name."""
+    for name, part in parts.items():
+        try:
+            if name not in checkpoint:
+                print0(f"{name} is not in the checkpoint: it begins anew")
+            elif isinstance(part, torch.optim.Optimizer | Optimizers):
+                load_optimizer(part, checkpoint[name], checkpoint.get("optimizer_settings"))
+            elif checkpoint[name]:  # the state of a gradient scaler is empty in float32
                 part.load_state_dict(checkpoint[name])
-    except UserError:
-        raise
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot resume: the checkpoint's {name} is missing or invalid: {error!r}") from None
+        except UserError:
+            raise
+        except Exception as error:  # of whatever class the object is
+            raise UserError(f"cannot resume: the checkpoint's {name} does not fit: {error!r}") from error
 
 
 def compare_runs(before, now):
@@ -49,10 +41,8 @@ def compare_runs(before, now):
         raise UserError(f"cannot resume: the checkpoint's data ({before.get('data')}) or step ({step}) is invalid")
     old, new = before["train_config"], now["train_config"]
     for name in [name for name in new if name in FIXED or name in now["config"]]:
-        is_new = name not in old and name not in before["config"] and name in now["config"]
-        was = (
-            now["config"][name] if is_new else old.get(name)
-        )  # in old checkpoints, a new field of the model has its default
+        default = old.get(name, now["config"].get(name))  # of a field that the model did not have yet
+        was = before["config"].get(name, default)
         if was != new[name]:
             raise UserError(
                 f"cannot resume: {name} was {was} when the run began and is {new[name]} now: give --{name} {was}, or "
@@ -91,10 +81,3 @@ def changes(before, now):
             yield f"{name} of parameter group {number} {was[name]} -> {found[name]}"
     if before.get("commit") != now["commit"]:
         yield f"code {short(before.get('commit'))} -> {short(now['commit'])}"
-
-
-def short(version):
-    """abc1234 for a commit; of one with changes, "abc1234 with uncommitted changes 0a1b2c3"."""
-    commit, _, mark = str(version).partition("+changes.")
-    commit = commit if commit.startswith("files.") else commit[:7]
-    return commit + (f" with uncommitted changes {mark}" if mark else "")

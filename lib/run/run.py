@@ -1,65 +1,88 @@
 """
-What the training loop needs besides the lesson: steps, records, checkpoints, signals, and how a run ends.
+Bookkeeping around the training loop: steps, records, checkpoints, signals, and how a run ends.
 """
 
+import copy
 import shlex
 import signal
 
+from lib.checkpoint import check_plain, set_aside
 from lib.console import Interrupted, Stopped, UserError, print0
-from lib.distributed import from_rank_0, is_main_rank, set_timeout
-from lib.optimizers import settings_of
-from lib.run import checkpoints, summary
-from lib.run.folder import code_version
-from lib.run.log import METRICS, Stopwatch
-from lib.run.resume import compare_runs, random_states, restore
+from lib.distributed import SETUP_TIMEOUT, from_rank_0, is_main_rank, set_timeout, wait_for_all
+from lib.optimizers import parts_of, settings_of
+from lib.run import summary
+from lib.run.code import code_version
+from lib.run.log import METRICS, Stopwatch, number_of
+from lib.run.resume import compare_runs, restore
 from lib.run.signals import catch_signals
+
+# the entries of a checkpoint that are Run's own
+OWN = ("step", "tokens", "val_loss", "nonfinite", "seconds", "commit", "optimizer_settings")
 
 
 class Run:
     """A run, from its checkpoint on, or from step 0 without one.
 
-    state: objects with a state_dict, by name, which a resume restores. facts: plain data that identify the run: config,
-    train_config, data. Both are saved in every checkpoint. max_nonfinite: the run ends after this many steps in a row
-    without a finite loss and gradient. timeout: seconds to wait for a dead or hung rank after the first step.
+    contents: what a checkpoint holds besides OWN, by name: objects with a state_dict, which a resume restores, and
+    plain data. max_nonfinite: the run ends after this many consecutive steps without a finite loss and gradient.
+    timeout: seconds to wait for a dead or hung rank after the first step.
 
-    step: optimizer steps done; metrics: the latest of each.
+    step: optimizer steps done; tokens: those trained on; metrics: the latest of each.
     """
 
-    def __init__(self, folder, state, facts, checkpoint, max_steps, max_nonfinite, timeout):
-        self.folder, self.state, self.max_steps = folder, state, max_steps
-        self.max_nonfinite, self.timeout = max_nonfinite, timeout
-        self.facts = {**facts, "commit": code_version(), "optimizer_settings": settings_of(state["optimizer"])}
-        self.step, self.nonfinite, self.metrics = 0, 0, {"val_loss": None}
+    def __init__(self, folder, contents, checkpoint, max_steps, max_nonfinite, timeout):
+        if taken := [name for name in OWN if name in contents]:
+            raise UserError(f"{', '.join(taken)}: a checkpoint has an entry of that name already, choose another")
+        self.folder, self.max_steps, self.max_nonfinite, self.timeout = folder, max_steps, max_nonfinite, timeout
+        self.parts = {name: part for name, part in contents.items() if hasattr(part, "state_dict")}
+        self.facts = {name: part for name, part in contents.items() if name not in self.parts}
+        self.facts |= {"commit": code_version(), "optimizer_settings": settings_of(contents["optimizer"])}
+        self.step, self.tokens, self.nonfinite, self.metrics = 0, 0, 0, {"val_loss": None}
+        self.before_due = None  # the states before what is due at this step
         self.clock, self.timed_from = Stopwatch(), 0
+        settings = contents["train_config"]
         if checkpoint:
             changes = compare_runs(checkpoint, self.facts)
             self.step, self.nonfinite = checkpoint["step"], checkpoint.get("nonfinite", 0)
+            self.tokens = checkpoint.get("tokens", self.step * settings["total_batch_size"])
             self.metrics["val_loss"] = checkpoint.get("val_loss")
             self.clock.update(checkpoint.get("seconds", {}))
-            self.timed_from = 0 if "seconds" in checkpoint else self.step
-            restore(checkpoint, state)
+            self.timed_from = 0 if "seconds" in checkpoint else self.tokens
+            restore(checkpoint, self.parts)
             print0(f"resuming at step {self.step}{changes}")
         elif folder.resume:
-            print0(
-                f"no checkpoint in {folder.path}/ yet: starting at step 0, from {facts['train_config']['init_from']}"
-            )
+            print0(f"no checkpoint in {folder.path}/ yet: starting at step 0, from {settings['init_from']}")
+        self.check_contents()
         if is_main_rank():
-            folder.begin(self.step, facts["train_config"])
+            folder.begin(self.step, settings)
+        folder.on_stop = self.save_stopped
         self.caught = catch_signals()
 
     def steps(self):
         """Yield the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
         first = self.step
         for step in range(first, self.max_steps + 1):
-            self.step = step
+            self.step, self.before_due = step, None
             self.check_stop()
             yield step
             if step == first:
+                self.check_contents()  # again, since most optimizers have their state now
                 set_timeout(self.timeout)
 
     def due(self, every):
-        """Whether something done every so many steps is due at this one; at the last step, everything is."""
-        return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
+        """Whether something done every so many steps before the update is due at this one; at the last step, everything
+        is. The checkpoint of a step holds the states before all of that, so a resume does it again from the same."""
+        is_due = every > 0 and (self.step % every == 0 or self.step == self.max_steps)
+        if is_due and self.before_due is None:
+            self.before_due = {
+                name: copy.deepcopy(part.state_dict())
+                for name, part in self.parts.items()
+                if name not in ("model", "optimizer")  # which change in the update only, but for the model's buffers
+            }
+            model = self.parts["model"]
+            kept = model.state_dict().keys()
+            self.buffers = {name: b.clone() for name, b in model.named_buffers() if name in kept}
+        return is_due
 
     def say(self, *messages):
         """Print lines on rank 0, with the step in front."""
@@ -73,54 +96,84 @@ class Run:
             self.folder.samples.record(self.step, {"sample": repr(text)})
 
     def record(self, **values):
-        """Record numbers of this step, by kind, in log.txt and with the tracker."""
+        """Record numbers of this step, by kind, in log.txt and with the tracker. Anything that is a number will do:
+        tensors of one element, numpy's. Raises UserError for anything else."""
+        values = {kind: number_of(kind, value) for kind, value in values.items()}
         self.metrics |= {METRICS.get(kind, kind): value for kind, value in values.items()}
         if is_main_rank():
             self.folder.record(self.step, values)
 
-    def save(self):
-        """Save a checkpoint; if that fails, warn and go on."""
-        with self.clock.timing("checkpoints"):
-            if is_main_rank():
-                contents = {name: part.state_dict() for name, part in self.state.items()}
-                contents |= {**self.facts, "step": self.step, "nonfinite": self.nonfinite}
-                contents |= {"val_loss": self.metrics["val_loss"], "random_states": random_states()}
-                contents |= {"seconds": dict(self.clock)}
-                self.folder.save(contents)
-
-    def check_stop(self):
-        """Save and raise Stopped, on all ranks together, if any of them received a signal to stop."""
-        if number := self.caught():
-            self.save()
-            self.folder.check_saved()
-            print0("stopped by a signal. To resume, give the same command with --init_from resume")
-            raise Interrupted(number) if number == signal.SIGINT else Stopped(number)
-
-    def count_finite(self, finite):
-        """Count the consecutive steps whose update was skipped. After max_nonfinite of them, end the run and set the
-        checkpoints of these steps aside, so that a resume starts before them."""
+    def count(self, tokens, finite):
+        """Count the tokens of a step, and the consecutive steps whose update was skipped. After max_nonfinite of these,
+        end the run and set their checkpoints aside, so that a resume starts before them."""
+        self.tokens += tokens
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if self.nonfinite < self.max_nonfinite:
             return
         first = self.step + 1 - self.nonfinite
-        before = from_rank_0(checkpoints.set_aside(self.folder.path, first) if is_main_rank() else None)
+        before = from_rank_0(set_aside(self.folder.path, first) if is_main_rank() else None)
         raise UserError(
             f"loss or gradient was NaN or infinite in steps {first}-{self.step}: try a lower max_lr or --dtype "
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"
         )
 
+    def contents(self):
+        """What a checkpoint of this step holds: the states before what is due at it. To be called on all ranks, since
+        an optimizer may have spread its state over them; complete on rank 0."""
+        states = {}
+        for name, part in self.parts.items():
+            collected = [p for p in parts_of(part) if hasattr(p, "consolidate_state_dict")]
+            for optimizer in collected:
+                optimizer.consolidate_state_dict(to=0)
+            if is_main_rank() or not collected:
+                states[name] = part.state_dict()
+        if self.before_due is not None:
+            states |= self.before_due
+            states["model"] = {**states["model"], **self.buffers}
+        states |= {**self.facts, "step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite}
+        return {**states, "val_loss": self.metrics["val_loss"], "seconds": dict(self.clock)}
+
+    def check_contents(self):
+        """Raise UserError, with its name, for an entry that a checkpoint cannot hold: now, not after a day."""
+        contents = self.contents()
+        if is_main_rank():
+            for name, value in contents.items():
+                check_plain(value, name)
+
+    def save(self):
+        """Save a checkpoint; if that fails, warn and go on. The other ranks wait, for as long as a slow disk takes."""
+        with self.clock.timing("checkpoints"):
+            set_timeout(max(SETUP_TIMEOUT, self.timeout))
+            contents = self.contents()
+            if is_main_rank():
+                self.folder.save(contents)
+            wait_for_all()
+            set_timeout(self.timeout)
+
+    def check_stop(self):
+        """Raise Stopped, on all ranks together, if any of them received a signal to stop. The run is saved on the way
+        out, when evaluations have put back what they changed."""
+        if number := self.caught():
+            raise Interrupted(number) if number == signal.SIGINT else Stopped(number)
+
+    def save_stopped(self):
+        self.save()
+        self.folder.check_saved()
+        print0("stopped by a signal. To resume, give the same command with --init_from resume")
+
     def finish(self, config, devices, peers, scored):
         """Print the results of a finished run beside published ones, write them to log_dir/summary.md, and suggest what
         to do next. Returns the last metrics."""
         self.folder.check_saved()
-        self.metrics["step"] = self.step
+        self.metrics |= {"step": self.step, "tokens": self.tokens}
         print0(f"done: {self.clock}")
         if is_main_rank():
-            parameters = sum(p.numel() for p in self.state["model"].parameters())
-            rows = summary.results(self.step, self.metrics, self.clock, config, parameters, self.timed_from)
+            parameters = sum(p.numel() for p in self.parts["model"].parameters())
+            rows = summary.results(self.metrics, self.clock, parameters, self.timed_from)
             self.folder.summarize(f"GPT-2 on {devices}", rows, peers, config, self.facts)
         if self.folder.saved:
-            checkpoint, prompt = shlex.quote(str(self.folder.saved)), shlex.quote(config.sample_prompt)
+            checkpoint = shlex.quote(str(self.folder.saved))
+            prompt = shlex.quote(getattr(config, "sample_prompt", ""))
             score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
             print0(f"next: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
         return self.metrics

@@ -10,7 +10,10 @@ import time
 
 import torch
 
+from lib.console import UserError
 from lib.distributed import group_device, sum_over_ranks
+
+RUNNING = threading.Lock()  # held by the run of this process
 
 
 def stop_signals():
@@ -21,14 +24,18 @@ def stop_signals():
 
 
 @contextlib.contextmanager
-def handlers_restored():
-    """Restore the handlers of the signals that stop a run on exit."""
+def one_run():
+    """Restore the handlers of the signals that stop a run on exit. Raises UserError if this process trains already:
+    the two would draw from the same random states."""
+    if not RUNNING.acquire(blocking=False):
+        raise UserError("another run is in progress in this process: wait for it, or start a process for each")
     before = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        RUNNING.release()
 
 
 def catch_signals():

@@ -12,13 +12,14 @@ import torch
 from lib.files import atomic_write
 
 
-def results(step, metrics, clock, config, parameters, first):
-    """Rows of (what, value). first: the step from which the clock has counted."""
-    tokens, hours = step * config.total_batch_size, clock.total() / 3600
-    rows = [("parameters", f"{parameters:,}"), ("tokens", f"{tokens:,} in {step:,} steps")]
+def results(metrics, clock, parameters, timed_from):
+    """Rows of (what, value). timed_from: the tokens that were trained on before timing started."""
+    tokens = metrics["tokens"]
+    hours = clock.total() / 3600
+    rows = [("parameters", f"{parameters:,}"), ("tokens", f"{tokens:,} in {metrics['step']:,} steps")]
     if clock["training"]:
-        speed = (step - first) * config.total_batch_size / clock["training"]
-        since = f" since step {first:,}" if first else ""
+        speed = (tokens - timed_from) / clock["training"]
+        since = f" since token {timed_from:,}" if timed_from else ""
         duration = f"{hours:.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
         rows.append(("time", f"{duration}{since}, {speed:,.0f} tokens/s in training"))
     if metrics.get("val_loss") is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lib.model import memory
+from lib.model.cpu_loss import chunked_cross_entropy
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -15,6 +16,7 @@ def status(name):
 
 
 model = GPT(GPTConfig(256, 8192, 3, 4, 256))
+model.fast_loss = chunked_cross_entropy
 optimizer = model.configure_optimizers(0.1, 1e-3, "cpu")
 memory.make_moments(optimizer)
 B, before = 24, status("VmRSS")
