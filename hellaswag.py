@@ -57,8 +57,8 @@ def fetch(split):
 
 
 def iterate_examples(split="val", path=None, style="completion"):
-    """Yield the items of a split, or of the .jsonl file `path`, as dicts with at least what the style needs, their label
-    as an int. Raises UserError for a line without these fields; blank lines are skipped."""
+    """Yield the items of a split, or of the .jsonl file `path`, as dicts with the fields that the style needs and their
+    label as an int. Raises UserError for a line without them; blank lines are skipped."""
     path = path or fetch(split)
     try:
         lines = Path(path).read_bytes().splitlines()

@@ -123,7 +123,7 @@ def test_files_of_other_people_are_neither_taken_nor_removed(small, log_dir, und
 def test_temporary_files_of_other_people_survive_in_the_working_directory(small, tmp_path, undisturbed, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = [tmp_path / name for name in ("thesis.txt.1234.tmp", "data.json.77.tmp", "a.tmp", "model.pt.3.tmp")]
-    ours = [tmp_path / name for name in ("model_00004.pt.host.0123456789abcdef.tmp", "log.txt.host.00000000000000ff.tmp")]
+    ours = [tmp_path / name for name in ("model_00004.pt.h.0123456789abcdef.tmp", "log.txt.h.00000000000000ff.tmp")]
     for path in theirs + ours:
         path.write_text("half")
     main(small(log_dir="."))

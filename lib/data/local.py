@@ -11,8 +11,6 @@ from collections import Counter
 from lib.console import UserError, say
 from lib.data.readers import FORMATS, format_of, inspect
 
-NEVER_TEXT = ("__MACOSX", "manifest.json")  # a system's, and ours
-
 
 def walk(root, left_out):
     """The files of text in a folder and below, with os.stat's results. Counts by reason what is left out.
@@ -28,8 +26,10 @@ def walk(root, left_out):
         seen.add(place)
         for name in sorted(os.listdir(folder)):
             path = folder / name
-            if name.startswith(".") or name in NEVER_TEXT:
-                left_out["hidden" if name.startswith(".") else "of another kind"] += 1
+            if name.startswith(".") or name == "__MACOSX":  # editor and system files
+                left_out["hidden"] += 1
+            elif name == "manifest.json":  # ours, if --out is inside
+                left_out["of another kind"] += 1
             elif os.path.isdir(path):
                 (links if path.is_symlink() else folders).append(path)
             elif format_of(name) and stat.S_ISREG((status := path.stat()).st_mode):

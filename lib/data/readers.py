@@ -76,14 +76,13 @@ def line_documents(path, column, row):
         for number, line in enumerate(itertools.islice(lines, row, None), start=row + 1):
             try:
                 record = DECODER.decode(line.decode("utf-8-sig")) if line.strip() else {}
-                text = record.get(column)
-                if not isinstance(text, str | None):
-                    raise TypeError(f'"{column}" is {text!r:.200}, not text')
-            except (ValueError, AttributeError, TypeError, RecursionError) as error:
-                remedy = "fix or delete it, or name another --text_column"
-                if line.strip().startswith(b"["):
-                    remedy = "a line must be one JSON object: convert a list with jq -c '.[]'"
-                raise UserError(f"{path}, line {number}: {error}; {remedy}") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}; fix or delete it") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number} is not a JSON object: convert a list with jq -c '.[]'")
+            text = record.get(column)
+            if not isinstance(text, str | None):
+                raise UserError(f'{path}, line {number}: "{column}" is not text but {text!r:.200}; fix or delete it')
             yield text
 
 
@@ -96,8 +95,8 @@ def blocks(path):
                     raise UserError(f"{path} looks like UTF-16; convert it: iconv -f UTF-16LE -t UTF-8")
                 yield block.replace("\r\n", "\n")
         except UnicodeDecodeError as error:
-            before = error.object[max(0, error.start - 30) : error.start].decode(errors="replace")
-            raise UserError(f"{path} is not UTF-8 after {before!r}: convert it, for instance with iconv") from None
+            near = error.object[max(0, error.start - 30) : error.start + 10]
+            raise UserError(f"{path} is not UTF-8 near {near}: convert it, for instance with iconv") from None
 
 
 @functools.cache  # printed once
@@ -119,9 +118,10 @@ def text_documents(path, split_on):
             rest = rest.lstrip("\n") if kind is str else rest
         elif MARK in block:
             offer_to_split()
-        if piece := rest[: len(rest) - len(split_on or "")].rstrip():  # a separator may have begun
-            yield kind(piece)
-            kind, rest = More, rest[len(piece) :]
+        words = rest[: len(rest) - len(split_on or "")].rsplit(None, 1)  # a separator may have begun
+        if len(words) == 2:
+            yield kind(words[0])
+            kind, rest = More, rest[len(words[0]) :]
     rest = rest.rstrip("\n") if split_on else rest
     if rest or kind is str and not split_on:
         yield kind(rest)
