@@ -42,14 +42,14 @@ def get_tokenizer():
 
 
 def pieces(text):
-    """Cut a text into pieces that tiktoken can encode: before white space, which changes no token, if there is any."""
-    start = 0
-    while len(text) - start > LONGEST:
-        words = text[start : start + LONGEST].rsplit(None, 1)
-        end = start + (len(words[0]) if len(words) == 2 else LONGEST)
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    """Cut a text into pieces that tiktoken can encode: before white space, which changes no token. Only within LONGEST
+    characters of white space or of one word it does."""
+    while len(text) > LONGEST:
+        words = text[:LONGEST].rsplit(None, 1)
+        piece = words[0] if len(words) == 2 else text[:LONGEST].rstrip() or text[:LONGEST]
+        yield piece
+        text = text[len(piece) :]
+    yield text
 
 
 def encode(text):
