@@ -14,34 +14,30 @@ bytes. Files from the hub are fetched one ahead, verified, and deleted once they
 """
 
 import argparse
-import itertools
 import multiprocessing
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
 from lib.console import UserError, run_as_command, say
-from lib.data.manifest import (
-    DOWNLOADS,
-    check_disk,
-    estimate_tokens,
-    find_manifest,
-    read_manifest,
-    removed_if_empty,
-    write_manifest,
-)
+from lib.data.folder import is_built
+from lib.data.local import check_texts
+from lib.data.manifest import find_manifest, read_manifest, write_manifest, write_shard
 from lib.data.progress import Progress
-from lib.data.readers import More, documents_of
-from lib.data.ready_made import place_shards
+from lib.data.readers import More, documents_of, format_of
+from lib.data.ready_made import copy_shards
 from lib.data.shards import FINEWEB_EDU, name_shard
-from lib.data.sources import find_source
-from lib.files import atomic_write, hash_file, lock_folder
+from lib.data.sources import DOWNLOADS, check_disk, estimate_tokens, find_source
+from lib.files import expand, lock_folder
 from lib.tokenizer import EOT, encode, get_tokenizer
 
 # the CPUs that this process may use, often not all of a cluster's machine; about 12 workers keep the parent busy
@@ -60,65 +56,51 @@ def start_worker():
 
 def tokenize(texts):
     """Return (tokens of all texts as one uint16 array, number of documents, number of empty ones left out)."""
-    start, parts, documents, empty = np.array([EOT], np.uint32), [], 0, 0
-    for index, text in enumerate(texts):
-        begins = not isinstance(text, More)
+    parts, documents, empty = [np.empty(0, "<u2")], 0, 0
+    for text in texts:
+        if text and not isinstance(text, More):
+            documents += 1
+            parts.append([EOT])
+        elif not text and not isinstance(text, More):
+            empty += 1
         if text:
-            try:
-                parts += [start, encode(text)] if begins else [encode(text)]
-            except UserError as error:
-                error.index = index
-                raise
-        documents += bool(text) and begins
-        empty += not text and begins
-    tokens = np.concatenate(parts) if parts else np.empty(0)
-    return tokens.astype("<u2"), documents, empty
+            parts.append(encode(text))
+    return np.concatenate(parts, dtype="<u2", casting="unsafe"), documents, empty
 
 
 def chunks(paths, column, row, split_on):
-    """Yield (places, texts) of 256 documents, or fewer if they are long, since a pool that gets one document at a time
-    spends most of its time on passing them. A place is (index of the file, row, path)."""
-    places, texts, length = [], [], 0
+    """Yield (index of the file, row, texts) of 256 documents, or fewer if they are long, since a pool that gets one
+    document at a time spends most of its time on IPC. The texts may go on into the next files."""
+    place, texts, length = None, [], 0
     for index, path in paths:
         for position, text in enumerate(documents_of(path, column, row, split_on), start=row):
-            places.append((index, position, path))
+            place = place or (index, position)
             texts.append(text)
             length += len(text or "")
             if len(texts) == 256 or length > 1_000_000:
-                yield places, texts
-                places, texts, length = [], [], 0
+                yield *place, texts
+                place, texts, length = None, [], 0
         row = 0
     if texts:
-        yield places, texts
+        yield *place, texts
 
 
 def tokenize_in_parallel(chunks, pool, workers):
-    """Yield (file, row, *tokenize(texts)) of each chunk in order, so that the shards do not depend on the workers.
-
-    What was read before an error is yielded first, then the error is raised.
-    """
-    pending = deque()
-
-    def submit(count):
-        try:
-            for places, texts in itertools.islice(chunks, count):
-                pending.append((places, pool.submit(tokenize, texts)))
-        except UserError as error:
-            pending.append(([], Future()))
-            pending[-1][1].set_exception(error)
-
-    submit(8 * workers)  # bounded, whatever the source, and enough to work on while a shard is written
-    while pending:
-        places, future = pending.popleft()
-        try:
-            result = future.result()
-        except UserError as error:
-            if not hasattr(error, "index"):
-                raise
-            _, row, path = places[error.index]
-            raise UserError(f"{path}, row {row + 1}: {error}; delete it and build the rest in a new --out") from None
-        yield *places[0][:2], *result
-        submit(1)
+    """Yield (file, row, *tokenize(texts)) of each chunk in order, so that the shards do not depend on the workers. What
+    was read before an error is yielded first."""
+    pending, failure = deque(), None
+    try:
+        for file, row, texts in chunks:
+            pending.append((file, row, pool.submit(tokenize, texts)))
+            if len(pending) == 8 * workers:  # bounds memory, and keeps workers busy while a shard is written
+                file, row, future = pending.popleft()
+                yield file, row, *future.result()
+    except UserError as error:
+        failure = error
+    for file, row, future in pending:
+        yield file, row, *future.result()
+    if failure:
+        raise failure
 
 
 # -----------------------------------------------------------------------------
@@ -133,7 +115,8 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     validation shard may be cut into smaller shards.
     """
     shards, skip = manifest["shards"], progress["skip"]
-    start, end = {**manifest, "progress": progress}, {"file": len(manifest["files"]), "row": 0, "skip": 0}
+    start = {**manifest, "progress": progress}
+    end = {"file": len(manifest["files"]), "row": 0, "skip": 0}
     buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
     listed, waiting = 0, 0  # bytes of the manifest, and of the shards that are not in it yet
 
@@ -141,12 +124,10 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
         nonlocal listed, waiting
         if not shards:
             listed = write_manifest(out, start)  # first: shards without a manifest are not ours
-        path = out / f"{name_shard(manifest['source'], len(shards))}.npy"
-        with atomic_write(path) as file:
-            np.save(file, tokens)
-        shards.append({"file": path.name, "tokens": len(tokens), "sha256": hash_file(path)})
+        name = f"{name_shard(manifest['source'], len(shards))}.npy"
+        shards.append(write_shard(out / name, lambda file: np.save(file, tokens)))
         waiting += tokens.nbytes
-        if progress and waiting >= listed - 1_000_000:  # seldom: with 100,000 small files it is large
+        if progress and waiting >= listed - 1_000_000:  # not after every shard: with 100,000 files it is large
             listed, waiting = write_manifest(out, manifest, progress=progress), 0
 
     how = manifest.get("text_column"), progress["row"], manifest.get("split_on")
@@ -174,33 +155,46 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
             )
         manifest["shard_size"] = tenth
     size = manifest["shard_size"]
-    for first in range(0, filled, size):  # several only if it is cut; listed once all are written
+    for first in range(0, filled, size):  # several only when the text was cut; recorded together
         add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 
 
-def build_shards(out, wanted, manifest, open_source, pool, workers, keep):
-    """Make the shards that the manifest (None at first) does not list yet; returns the complete manifest."""
-    commit, files, paths = open_source(out / DOWNLOADS, manifest, keep)
-    estimate, ready_made = estimate_tokens(files), files[0]["file"].endswith(".bin")
+# -----------------------------------------------------------------------------
+# The build
+
+
+def build_shards(out, wanted, manifest, more, paths, pool, workers):
+    """Make the shards that the manifest (None at first) does not list yet; returns the complete manifest.
+
+    more: what a new manifest says besides `wanted`. paths(first): the (index, path) of the files from one on.
+    """
+    files, estimate = more["files"], estimate_tokens(more["files"])
+    ready_made = files[0]["file"].endswith(".bin")
     if not manifest:
-        manifest = {"shard_size": 0, **wanted, "revision": commit or wanted["revision"], "files": files}
+        manifest = {"version": 2, "shard_size": 0, **wanted, **more}
         if not (manifest["shard_size"] or ready_made):
             manifest["shard_size"] = max(1, min(100_000_000, estimate // 10))
             say(f"{out}: shards of {manifest['shard_size']:,} tokens, since the source has about {estimate:,}")
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
-    progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
-    check_disk(out, manifest, estimate, keep)
     done = sum(shard["tokens"] for shard in manifest["shards"])
-    with Progress(estimate, done) as bar:
-        if ready_made:
-            place_shards(out, manifest, progress, paths, bar)
-        else:
-            pack_shards(out, manifest, progress, paths, "shard_size" not in wanted, pool, workers, bar)
+    progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
+    if "version" not in manifest and progress["row"] and format_of(files[progress["file"]]["file"]) == "txt":
+        progress = {"file": 0, "row": 0, "skip": done}  # the rows of a .txt were others
+        manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0}
+    bar = Progress(estimate, done)
+    if ready_made:
+        copy_shards(out, manifest, progress, paths, bar)
+    else:
+        pack_shards(out, manifest, progress, paths, "shard_size" not in wanted, pool, workers, bar)
     manifest["complete"] = True
     write_manifest(out, manifest)
+    where = files[0]["file"] if len(files) == 1 else f"{len(files):,} files"
+    if "sample" in files[0] and len(files) > 1:
+        where += " in the order of a hash of their names"
     say(
-        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
-        f"{len(manifest['shards'])} shards; {manifest['skipped_empty']:,} empty documents left out"
+        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} "
+        f"shards; {manifest['skipped_empty']:,} documents without text left out; the first "
+        f"{manifest['shards'][0]['tokens']:,} tokens of {where} are held out for validation"
     )
     return manifest
 
@@ -211,49 +205,71 @@ def build(
 ):  # fmt: skip
     """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
     unfinished one is continued after its last shard. shard_size defaults to a tenth of the tokens estimated from the
-    sizes of the files, 100M at most.
+    sizes of the files, 100M at most. If another process builds in the folder, waits for it.
 
     Raises UserError for a source that cannot be read and for a folder that holds something else.
     """
-    out, workers = Path(os.path.expanduser(out)), workers or WORKERS
-    about, open_source = find_source(source, name, split, text_column, revision, split_on)
+    out, workers = Path(expand(out)), workers or WORKERS
+    about, files, open_source = find_source(source, name, split, text_column, revision, split_on)
     wanted = {**about, "tokenizer": "gpt2"} | ({"shard_size": shard_size} if shard_size else {})
-    manifest = find_manifest(out, wanted, verify)
+    manifest = find_manifest(out, wanted, files, verify)
     if manifest and manifest["complete"]:
         return manifest
     get_tokenizer()  # forked workers inherit it
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker) as pool:
-            pool.submit(len, "")  # starts the workers before there are threads, or a lock that they would inherit
-            with lock_folder(out), removed_if_empty(out):
-                if manifest != read_manifest(out):  # another process has just finished
-                    manifest = find_manifest(out, wanted)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker)
+        pool.submit(len, "")  # starts the workers before there are threads, or a lock that they would inherit
+    except OSError as error:
+        raise UserError(
+            f"cannot start {workers} worker processes: {error}. They need room for {workers} more processes (ulimit "
+            "-u, or give fewer --workers) and, for their locks, a writable /dev/shm"
+        ) from error
+    try:
+        with pool:
+            more, paths = open_source(out / DOWNLOADS, manifest, keep)
+            if not manifest:
+                check_texts(files, paths, text_column, about.get("split_on"), pool)
+            check_disk(out, manifest, more["files"], keep)
+            with lock_folder(out, wait=True):
+                if manifest != read_manifest(out):  # another process was at work
+                    manifest = find_manifest(out, wanted, files, verify)
+                    more, paths = open_source(out / DOWNLOADS, manifest, keep)
                 if manifest and manifest["complete"]:
                     return manifest
-                return build_shards(out, wanted, manifest, open_source, pool, workers, keep)
-    except BrokenProcessPool:
-        raise UserError("a worker died, most likely for lack of memory: start again with fewer --workers") from None
-    except OSError as error:  # such as a full disk
-        raise UserError(f"cannot write {out}: {error}; start again to resume after the last finished shard") from error
+                return build_shards(out, wanted, manifest, more, paths, pool, workers)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{error} Its own message, if it left one, is above. If there is none, it may have been killed for lack of "
+            "memory: give fewer --workers. If it names the bootstrapping phase, call build() below "
+            'if __name__ == "__main__"'
+        ) from error
+
+
+def build_missing(source, out):
+    """Build the shards of a folder that is missing or unfinished, in a process of its own."""
+    if not is_built(out):
+        command = [__file__, "--source", source, "--out", out]
+        say(f"{out}/ is missing or unfinished, building it: python {shlex.join(command)}")
+        if subprocess.run([sys.executable, *command]).returncode:
+            raise UserError(f"building {out} failed, see above")
 
 
 def main():
     parser = argparse.ArgumentParser(
         description="Tokenize text into uint16 shards for train_gpt2.py", allow_abbrev=False
     )
-    parser.add_argument("--source", default=FINEWEB_EDU, help="a Hugging Face data set, local files, a folder, or demo")
-    parser.add_argument("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")
-    parser.add_argument("--shard_size", type=int, help="tokens a shard (default: a tenth of the source, 100M at most)")
-    parser.add_argument("--workers", type=int, default=WORKERS, help="processes (default: %(default)s)")
-    parser.add_argument("--name", help="configuration on the hub (default: sample-10BT for FineWeb and FineWeb-Edu)")
-    parser.add_argument("--split", default="train", help="split on the hub (default: %(default)s)")
-    parser.add_argument("--text_column", default="text", help="of .parquet and .jsonl (default: %(default)s)")
-    parser.add_argument(
-        "--revision", help="branch, tag or commit on the hub (default: FineWeb-Edu's is pinned, else main)"
-    )
-    parser.add_argument("--split_on", help="separator of the documents in a .txt, for example <|endoftext|>")
-    parser.add_argument("--keep", action="store_true", help=f"keep the downloaded files, in {DOWNLOADS}/ of --out")
-    parser.add_argument("--verify", action="store_true", help="verify the sha256 of every existing shard")
+    flag = parser.add_argument
+    flag("--source", default=FINEWEB_EDU, help="a Hugging Face data set, local files, a folder, or demo")
+    flag("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")
+    flag("--shard_size", type=int, help="tokens per shard (default: a tenth of the source, 100M at most)")
+    flag("--workers", type=int, default=WORKERS, help="processes (default: %(default)s)")
+    flag("--name", help="configuration on the hub (default: sample-10BT for FineWeb and FineWeb-Edu)")
+    flag("--split", default="train", help="split on the hub (default: %(default)s)")
+    flag("--text_column", default="text", help="of .parquet and .jsonl (default: %(default)s)")
+    flag("--revision", help="branch, tag or commit on the hub (default: FineWeb-Edu's is pinned, else main)")
+    flag("--split_on", help=r"separator of the documents in a .txt, for example <|endoftext|> or \n\n")
+    flag("--keep", action="store_true", help=f"keep the downloaded files, in {DOWNLOADS}/ of --out")
+    flag("--verify", action="store_true", help="verify the sha256 of every existing shard")
     args = parser.parse_args()
     if args.workers < 1 or (args.shard_size is not None and not 1 <= args.shard_size <= 10**9):
         parser.error("--workers must be 1 or more, --shard_size from 1 to 1,000,000,000")

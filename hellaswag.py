@@ -1,5 +1,5 @@
 """
-HellaSwag: choose the right one of four endings by the language model's loss on each.
+HellaSwag: pick the most likely of four endings.
 
     python hellaswag.py -m gpt2 -d cuda                           # an OpenAI model, all 10,042 validation items
     python hellaswag.py -m log/model_19073.pt --style harness     # a checkpoint, as lm-evaluation-harness scores it
@@ -27,7 +27,6 @@ import torch
 from torch.nn import functional as F
 
 from lib.console import UserError, run_as_command, say
-from lib.data.items import read_items
 from lib.device import check_device, default_device, flash_attention
 from lib.distributed import sum_over_ranks
 from lib.files import atomic_write
@@ -59,12 +58,36 @@ def fetch(split):
 
 
 def iterate_examples(split="val", path=None, style="completion"):
-    """Yield the items of a split, or of the .jsonl file `path`, as dicts with at least what the style needs."""
-    yield from read_items(path or fetch(split), FIELDS[style], style)
+    """Yield the items of a split, or of the .jsonl file `path`, as dicts with the fields that the style needs and their
+    label as an int. Raises UserError for a line without them; blank lines are skipped."""
+    path = path or fetch(split)
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line.decode("utf-8-sig"))
+            if item["label"] == "":
+                raise ValueError("an empty label, as in the test split, whose answers are secret: use another split")
+            label, endings = int(str(item["label"])), item["endings"]  # the hub's own data set has "3"
+            if label not in range(4) or len(endings) != 4:
+                raise ValueError(f"label {label} and {len(endings)} endings")
+            if {type(text) for text in [item[field] for field in FIELDS[style]] + endings} != {str}:
+                raise ValueError("a value that is not text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            wanted = f"a JSON object with {', '.join(FIELDS[style])}, label 0 to 3 and 4 endings"
+            start = line[:100].decode(errors="replace")
+            raise UserError(
+                f"{path}, line {number}: --style {style} needs {wanted}, not {error!r:.200}: {start}"
+            ) from None
+        yield {**item, "label": label}
 
 
 def clean(text):
-    """lm-evaluation-harness's preprocess(): [title], [step] and the like are left from WikiHow's pages."""
+    """lm-evaluation-harness's preprocess(): [title], [step] and the like are WikiHow markup."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -123,7 +146,7 @@ def load(rank, local_rank, world_size, device, max_length):
             fetch("val")
         except UserError as error:
             have = 0
-            say(f"going on without HellaSwag: {error}")
+            say(f"continuing without HellaSwag: {error}")
     have = sum_over_ranks(torch.tensor(have, device=device)).item()
     return make_batches(iterate_examples("val"), rank, world_size, max_length) if have == world_size else None
 
@@ -172,7 +195,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
     check_device(device)
     examples = list(islice(iterate_examples("val", path, style), limit))
     if not examples:
-        raise UserError(f"{path} is empty: it must hold HellaSwag items, one JSON object a line")
+        raise UserError(f"{path} is empty: it must hold HellaSwag items, one JSON object per line")
     torch.set_float32_matmul_precision("high")
     model = load_model(model_name).to(device)
     check_vocabulary(model_name, model.config)

@@ -27,11 +27,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import fineweb
 import hellaswag
 from lib import config as configs
 from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
-from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
+from lib.data.folder import count_tokens, open_shards
+from lib.data.order import shuffle
+from lib.data.stream import TokenStream
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
 from lib.model import fast_loss, fit_micro_batch, load, plan, published
 from lib.optimizers import as_one
@@ -541,7 +544,10 @@ def train(config, rank, local_rank, world_size, device, folder):
     # data: shards that fineweb.py made, of which the val split is never trained on
     T = config.sequence_length
     sequences = config.total_batch_size // T  # of a step, over all ranks
-    data = open_shards(config.data_dir, config.data_source, T, sequences, config.val_every > 0, local_rank)
+    if config.data_source and local_rank == 0:
+        fineweb.build_missing(config.data_source, config.data_dir)  # once per machine, while the other ranks wait
+    wait_for_all()
+    data = open_shards(config.data_dir, T, sequences, config.val_every > 0)
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
     saved = folder.open(mmap=device.type == "cuda")  # the newest checkpoint if this run resumes, else None
     config = replace(config, init_from=folder.begun_from(config.init_from, saved))

@@ -1,34 +1,31 @@
 """
-Atomic writes, folders locked by one process, and hashes.
+Paths, atomic writes, folders locked by one process, and hashes.
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
 import os
 import re
+import secrets
 import socket
 from pathlib import Path
 
 from lib.console import UserError, say
 
-CANNOT_SYNC = {  # errors of folders that cannot be synced or opened; a failing disk gives others
-    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM, errno.EACCES,
-}  # fmt: skip
 ROOT = Path(__file__).parent.parent  # the repository
-OUR_TEMPORARY = re.compile(
-    r"(model_\d{5,}\.pt|log\.txt|curve\.png|manifest\.json|[\w.-]+_(train|val)(_\d{6}\.(npy|bin)|\.bin))\.\d+\.tmp"
-)
+OUR_TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # as atomic_write names them
 
 
 def expand(path):
-    """A path as a str, with a leading ~ expanded, which neither Python nor a shell after "=" does. Raises UserError
-    for the home of a user who does not exist."""
+    """A path as a str, with a leading ~ expanded (neither Python nor `--flag=~/x` does). Raises UserError for the home
+    of a user who does not exist, and for a URL such as s3://bucket/x."""
     expanded = os.path.expanduser(os.fspath(path))
     if expanded.startswith("~"):
         raise UserError(f"{path} begins with ~, and there is no such user: write ./{path} for a file of that name")
+    if re.match(r"\w+://", expanded):
+        raise UserError(f"{path} is a URL, not a path on this machine: download it, or mount it as a folder")
     return expanded
 
 
@@ -57,7 +54,7 @@ def list_folder(folder):
 def atomic_write(path):
     """Open path for writing bytes; whatever happens, it holds either its old content or all of the new."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "w+b") as file:
             yield file
@@ -80,8 +77,6 @@ def sync_folder(folder):
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in CANNOT_SYNC:
-            raise
         warn_of_unsynced(folder, error.strerror)
 
 
@@ -91,11 +86,12 @@ def warn_of_unsynced(folder, reason):
 
 
 @contextlib.contextmanager
-def lock_folder(folder, purpose=""):
+def lock_folder(folder, purpose="", wait=False):
     """Create the folder and lock it for this process; the operating system releases the lock when the process ends.
     Yields the note that the previous holder left; this one leaves its process id, host and `purpose`.
 
-    Raises UserError, with the note, if another process holds the lock. Deletes our own stale temporary files.
+    If another process holds the lock, waits for it, or raises UserError with its note. Deletes our own stale temporary
+    files.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -107,7 +103,10 @@ def lock_folder(folder, purpose=""):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{folder}/ is being written by {before}: wait, or stop it with kill") from None
+                if not wait:
+                    raise UserError(f"{folder}/ is being written by {before}: wait, or stop it with kill") from None
+                say(f"{folder}/ is being written by {before}: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:  # some network file systems have no locks
                 say(f"warning: {folder}/ cannot be locked ({error}): make sure that nothing else writes to it")
             file.truncate(0)
@@ -126,18 +125,4 @@ def hash_file(path, digest=None):
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    return digest.hexdigest()
-
-
-def sample_hash(path):
-    """The hash of a file's size and of four evenly spread pieces of 16 kB: detects other content at almost no cost."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest = hashlib.sha256(str(size).encode())
-            for i in range(4):
-                file.seek(max(0, size - (16 << 10)) * i // 3)
-                digest.update(file.read(16 << 10))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. Fix its permissions, or delete it") from None
     return digest.hexdigest()

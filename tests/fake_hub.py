@@ -41,6 +41,7 @@ class Hub:
         self.claims = {}  # path -> size that the tree claims
         self.mishaps = []  # (path, kind), each once
         self.always = {}  # path -> kind
+        self.headers = {}  # of answers that are errors
         self.requests = Counter()  # (method, path)
 
     def next_mishap(self, path):
@@ -88,8 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         if match := re.fullmatch(rf"/api/datasets/{hub.dataset}(/revision/(?P<revision>.+))?", path):
             hub.requests["info"] += 1
-            if hub.next_mishap("info"):
-                return self.answer(500)
+            if kind := hub.next_mishap("info"):
+                return self.answer(int(kind), headers=hub.headers)
             if match["revision"] not in (None, "main", "v1", hub.commit, hub.pinned):
                 return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
             sha = hub.pinned if match["revision"] == hub.pinned else hub.commit
@@ -129,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, b"", {**headers, "Content-Length": length_of(content)})
         kind = hub.next_mishap(name)
         if kind in ("429", "500"):
-            return self.answer(int(kind))
+            return self.answer(int(kind), headers=hub.headers)
         if kind == "wrong":
             return self.answer(200, content[:-1] + bytes([content[-1] ^ 1]), headers)
         if kind == "short":  # the whole answer, of a file that lost its end
@@ -161,3 +162,16 @@ def serving(files, dataset=DATASET, commit=COMMIT):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def pointed_at(endpoint, cache, monkeypatch):
+    """Have the client, which is loaded already, use this endpoint and cache."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", cache / "modules")

@@ -121,7 +121,7 @@ def run_script(script, args, env, output):
 def run_warm(script, *args, env=None, timeout=150):
     """As `run`, four times as fast: for promises that are not about how a program starts."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_gpt2"])
+    context.set_forkserver_preload(["train_gpt2"])  # which imports fineweb and hellaswag
     with tempfile.NamedTemporaryFile() as output:
         work = (str(ROOT / script), [str(arg) for arg in args], env or {}, output.name)
         process = context.Process(target=run_script, args=work)

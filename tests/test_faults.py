@@ -48,7 +48,7 @@ import train_gpt2
 from lib import config as knobs
 from lib.checkpoint import load_checkpoint, newest_whole_checkpoint, write_checkpoint
 from lib.console import UserError, run_as_command
-from lib.data import stream as dataset
+from lib.data import shards
 from lib.files import hash_file
 from train_gpt2 import TrainConfig, main, parse_args
 
@@ -122,7 +122,7 @@ def test_files_of_other_people_are_neither_taken_nor_removed(small, log_dir, und
 def test_temporary_files_of_other_people_survive_in_the_working_directory(small, tmp_path, undisturbed, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = [tmp_path / name for name in ("thesis.txt.1234.tmp", "data.json.77.tmp", "a.tmp", "model.pt.3.tmp")]
-    ours = [tmp_path / name for name in ("model_00004.pt.1234.tmp", "log.txt.77.tmp")]
+    ours = [tmp_path / name for name in ("model_00004.pt.h.0123456789abcdef.tmp", "log.txt.h.00000000000000ff.tmp")]
     for path in theirs + ours:
         path.write_text("half")
     main(small(log_dir="."))
@@ -365,7 +365,7 @@ def test_shards_that_go_away_are_named_and_the_resume_is_exact(
     shutil.copytree(data, copy)
 
     def act():
-        dataset.open_file.cache_clear()  # as where there are more shards than a process has open
+        shards.open_file.cache_clear()  # as where there are more shards than a process has open
         if fault == "moved":
             data.rename(tmp_path / "elsewhere")
         elif fault == "deleted":

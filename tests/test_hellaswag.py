@@ -204,7 +204,7 @@ def test_a_download_that_fails_is_said_and_leaves_nothing(served, tmp_path, caps
             list(hellaswag.iterate_examples())
         assert hellaswag.load(0, 0, 1, torch.device("cpu"), 1024) is None
         out = capsys.readouterr().out
-        assert out.count("going on without HellaSwag: ") == 1 and words in out
+        assert out.count("continuing without HellaSwag: ") == 1 and words in out
         assert not list(tmp_path.glob("hellaswag/*"))
 
 

@@ -1,9 +1,9 @@
-"""fineweb.py as a user runs it, against a stand-in hub that misbehaves."""
+"""Builds from a stand-in hub that misbehaves, with the real client."""
 
-import errno
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import COMMIT, DATASET, serving
+from fake_hub import COMMIT, DATASET, pointed_at, serving
 from support import PROBES, ROOT, run
 
+import fineweb
 from lib.console import UserError
-from lib.data.hub import choose_shards, with_retries
+from lib.data.folder import find_shards
+from lib.data.hub import choose_shards, list_files, with_retries
 from lib.data.manifest import read_manifest
-from lib.data.stream import find_shards
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
 
@@ -54,27 +55,18 @@ BINS = {f"edu_{'train' if i else 'val'}_{i:06d}.bin": bin_of([50256, 1, 2, i] * 
 
 
 @pytest.fixture
-def hub():
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.data.hub.PAUSES", (0.01, 0.01, 0.01, 0.01))
     test_table = {"data/test-00000-of-00001.parquet": parquet_of(text=["not for training"] * 9)}
     with serving({**TABLES, **test_table, "README.md": b"texts"}) as hub:
+        pointed_at(hub.endpoint, tmp_path / "hf", monkeypatch)
         yield hub
 
 
 @pytest.fixture
-def environment(tmp_path, hub):
-    return {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1",
-        "HUB_RETRY_DELAY": "0.01",
-    }  # fmt: skip
-
-
-@pytest.fixture
-def build(environment, tmp_path):
-    def build(*flags, out="out", source=DATASET, shard_size=10_000, workers=2):
-        return run(
-            "fineweb.py", "--source", source, "--out", tmp_path / out, "--shard_size", shard_size, "--workers", workers,
-            *flags, env=environment,
-        )  # fmt: skip
+def build(hub, tmp_path):
+    def build(out="out", source=DATASET, shard_size=10_000, workers=2, **flags):
+        return fineweb.build(str(source), tmp_path / out, shard_size, workers, **flags)
 
     return build
 
@@ -84,20 +76,27 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def assert_refused(result, *words):
-    assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
+def refused(build, *words, **flags):
+    with pytest.raises(UserError) as error:
+        build(**flags)
     for word in words:
-        assert word in result.stdout, result.stdout
+        assert word in str(error.value)
 
 
-def test_only_the_split_is_built_and_nothing_else_is_left(build, hub, tmp_path):
-    result = build()
-    assert result.returncode == 0, result.stdout
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+def command(hub, tmp_path, *flags):
+    """fineweb.py as a user starts it, with its environment."""
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, str(ROOT / "fineweb.py"), "--source", DATASET, "--shard_size", "2000", *map(str, flags)]
+    return dict(args=command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_only_the_split_is_built_and_nothing_else_is_left(hub, tmp_path):
+    result = subprocess.run(**command(hub, tmp_path, "--out", tmp_path / "out"))
+    assert result.returncode == 0 and "card" not in result.stdout and "Warning" not in result.stdout, result.stdout
+    manifest = read_manifest(tmp_path / "out")
     texts = [text for i in range(3) for text in texts_of(i)]
-    assert manifest["documents"] == sum(map(bool, texts)) and manifest["skipped_empty"] == len(texts) - sum(
-        map(bool, texts)
-    )
+    assert manifest["documents"] == sum(map(bool, texts))
+    assert manifest["skipped_empty"] == len(texts) - sum(map(bool, texts))
     assert manifest["revision"] == COMMIT and [file["file"] for file in manifest["files"]] == list(TABLES)
     assert set(content(tmp_path / "out")) == {"manifest.json", *(shard["file"] for shard in manifest["shards"])}
     assert all(hub.requests["GET", path] == 1 for path in TABLES)
@@ -105,34 +104,45 @@ def test_only_the_split_is_built_and_nothing_else_is_left(build, hub, tmp_path):
 
 def test_workers_change_no_byte_of_shards_and_manifest(build, tmp_path):
     for workers in (1, 3):
-        assert build(out=f"out{workers}", workers=workers).returncode == 0
+        build(out=f"out{workers}", workers=workers)
     assert content(tmp_path / "out1") == content(tmp_path / "out3")
 
 
-def test_eight_kills_at_any_instant_change_no_byte(build, hub, environment, tmp_path):
+def in_a_child(action):
+    """Call action() in a forked process, all of whose children are in its process group."""
+
+    def child():
+        os.setpgid(0, 0)
+        action()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def kill_with_children(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_eight_kills_at_any_instant_change_no_byte(build, tmp_path):
+    build(out="undisturbed")
     begin = time.monotonic()
-    assert build(out="undisturbed", shard_size=2000).returncode == 0
+    build(out="timed")
     seconds = time.monotonic() - begin
     expected = content(tmp_path / "undisturbed")
     rng, kills, folder = random.Random(0), 0, 0
-    while True:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "fineweb.py"), "--source", DATASET, "--out", str(tmp_path / f"out{folder}"),
-             "--shard_size", "2000", "--workers", "2"],
-            env={**os.environ, **environment}, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=rng.uniform(0.5, 1.1) * seconds if kills < 8 else 100)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    while kills < 8:
+        process = in_a_child(lambda: build(out=f"out{folder}"))  # noqa: B023
+        process.join(rng.uniform(0.1, 1.1) * seconds)
+        if process.exitcode is None:
+            kill_with_children(process)
             kills += 1
-            continue
-        assert process.returncode == 0, output.decode()
-        assert content(tmp_path / f"out{folder}") == expected
-        if kills >= 8:
-            break
-        folder += 1  # it got through: the kills that are left go to another build
+        else:  # it got through: the kills that are left go to another build
+            assert process.exitcode == 0 and content(tmp_path / f"out{folder}") == expected
+            folder += 1
+    build(out=f"out{folder}")
+    assert content(tmp_path / f"out{folder}") == expected
 
 
 # The first manifest, each shard and a manifest, the complete manifest; of the long rows only the instants that differ
@@ -140,139 +150,196 @@ def test_eight_kills_at_any_instant_change_no_byte(build, hub, environment, tmp_
     "kind, renames",
     [("sized", range(1, 9)), ("automatic", (2, 3, 24)), ("cut", (2, 3, 7, 13, 14)), ("ready made", (2, 3, 4, 8))],
 )
-def test_a_kill_before_a_rename_changes_no_byte(kind, renames, environment, hub, tmp_path):
+def test_a_kill_before_a_rename_changes_no_byte(kind, renames, build, hub, tmp_path):
     """Before a file gets its final name is every instant there is: nothing else changes what a restart finds."""
     page = "x" * 10_000 if kind == "cut" else ""  # its size promises more tokens than it has
     lines = [json.dumps({"text": text, "page": page}) + "\n" for text in texts_of(0)]
     (tmp_path / "texts.jsonl").write_text("".join(lines[: 200 if kind == "cut" else None]))
-    flags = ["--source", tmp_path / "texts.jsonl", "--workers", 1, "--out"]
-    if kind == "sized":
-        flags = ["--shard_size", 30_000, *flags]
+    flags = dict(source=tmp_path / "texts.jsonl", workers=1, shard_size=30_000 if kind == "sized" else None)
     if kind == "ready made":
-        hub.files, flags[1] = BINS, DATASET
-    assert run("fineweb.py", *flags, tmp_path / "undisturbed", env=environment).returncode == 0
+        hub.files, flags["source"] = BINS, DATASET
+    build(out="undisturbed", **flags)
     expected = content(tmp_path / "undisturbed")
+
+    def build_until(number, out):
+        replace, done = os.replace, []
+
+        def replace_or_die(source, target):
+            done.append(target)
+            if len(done) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = replace_or_die
+        build(out=out, **flags)
+
     for number in (*renames, renames[-1] + 1):
-        out = tmp_path / f"out{number}"
-        killed = run("tests/probes/kill_at_rename.py", number, *flags, out, env=environment).returncode < 0
-        assert killed == (number in renames)  # there are no more than these
-        assert run("fineweb.py", *flags, out, env=environment).returncode == 0
-        assert content(out) == expected, number
+        process = in_a_child(lambda: build_until(number, f"out{number}"))  # noqa: B023
+        process.join()
+        assert (process.exitcode == -signal.SIGKILL) == (number in renames)  # there are no more than these
+        build(out=f"out{number}", **flags)
+        assert content(tmp_path / f"out{number}") == expected, number
 
 
-def test_no_worker_outlives_a_killed_parent(build, hub, environment, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "fineweb.py"), "--source", DATASET, "--out", str(tmp_path / "out"),
-         "--shard_size", "2000", "--workers", "3"],
-        env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert "tokens/s" in process.stderr.readline()  # the first of its text is tokenized
+def test_no_worker_outlives_a_killed_parent(build, hub, tmp_path):
+    process = subprocess.Popen(**command(hub, tmp_path, "--out", tmp_path / "out", "--workers", 3))
+    for line in process.stdout:
+        if "tokens/s" in line:  # the first of its text is tokenized
+            break
     process.kill()
-    process.communicate(timeout=100)  # returns once the last process that holds the pipes is gone
+    process.communicate(timeout=100)  # returns once the last process that holds the pipe is gone
     assert not (read_manifest(tmp_path / "out") or {}).get("complete")
-    assert build(shard_size=2000).returncode == 0
+    build(shard_size=2000)
+
+
+def test_two_builds_at_once_make_one(build, tmp_path, capfd):
+    build(out="undisturbed")
+    both = [in_a_child(build) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert "waiting for it" in capfd.readouterr().out
 
 
 def test_every_mishap_is_survived(build, hub, tmp_path):
-    assert build(out="undisturbed").returncode == 0
+    build(out="undisturbed")
     hub.mishaps = [("info", "500"), *((SECOND, kind) for kind in ("429", "500", "cut", "short", "wrong"))]
-    result = build()
-    assert result.returncode == 0, result.stdout
+    build()
     assert not hub.mishaps and content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_the_hubs_own_waiting_time_is_kept(build, hub, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("lib.data.hub.time.sleep", waited.append)
+    hub.headers = {"RateLimit": '"api";r=0;t=44'}
+    hub.mishaps = [("info", "429")]
+    build()
+    assert 44 in waited and "waiting 44 s, as the hub asks" in capsys.readouterr().err
+    hub.headers = {"Retry-After": "3600"}
+    hub.always["info"] = "429"
+    refused(build, "in 3600 s, as the hub asks", "tried 1 times", out="other")
 
 
 @pytest.mark.parametrize("kind, words", [("500", "500"), ("wrong", "has the hash")])
 def test_lasting_trouble_is_named_and_loses_nothing(build, hub, tmp_path, kind, words):
-    assert build(out="undisturbed").returncode == 0
+    build(out="undisturbed")
     hub.always[SECOND] = kind
-    assert_refused(build(), SECOND, "tried 5 times", words, "start again")
+    refused(build, SECOND, "tried 5 times", words, "Start again")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
     assert finished
     hub.always.clear()
     hub.commit = "f" * 40  # the branch has moved on: the build stays with the commit that it began with
-    assert build().returncode == 0
+    build()
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_not_taken_for_the_network(number):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), PermissionError(13, "Permission denied", "/hf/hub"),
+     FileNotFoundError(2, "No such file or directory", "/dev/shm")],
+)  # fmt: skip
+def test_an_error_of_the_file_system_speaks_for_itself_and_is_not_retried(error):
     tries = []
 
     def attempt():
-        tries.append(number)
-        raise OSError(number, os.strerror(number))
+        tries.append(error)
+        raise error
 
-    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+    with pytest.raises(UserError, match=re.escape(str(error))) as found:
         with_retries("a file", attempt)
-    assert len(tries) == 1
+    assert len(tries) == 1 and "network" not in str(found.value)
 
 
-def test_no_network_is_said_with_the_remedy(build, environment, tmp_path):
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    assert_refused(build(), "Check the network", "--source demo")
-    environment["HF_HUB_OFFLINE"] = "1"
-    assert_refused(build(), "Check the network", "tried 1 times")
+def test_an_error_of_another_kind_is_passed_on_whole():
+    with pytest.raises(ImportError, match="^a package$"):
+        with_retries("a file", lambda: (_ for _ in ()).throw(ImportError("a package")))
+
+
+def test_no_network_is_named_with_the_remedy(build, tmp_path, monkeypatch):
+    pointed_at("http://127.0.0.1:9", tmp_path / "hf", monkeypatch)
+    refused(build, "ConnectError", "tried 5 times", "--source demo")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(build, "OfflineModeIsEnabled", "tried 1 times")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_folder_is_checked_without_the_network(build, hub, environment, tmp_path):
-    assert build().returncode == 0
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    assert "every size is correct" in build().stdout
-    assert "every sha256 is correct" in build("--verify").stdout
+def test_a_finished_folder_is_checked_without_the_network(build, tmp_path, monkeypatch, capsys):
+    build()
+    pointed_at("http://127.0.0.1:9", tmp_path / "hf", monkeypatch)
+    build()
+    build(verify=True)
+    out = capsys.readouterr().out
+    assert "every size is correct" in out and "every sha256 is correct" in out
     shard = tmp_path / "out" / "texts_train_000001.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert_refused(build("--verify"), "texts_train_000001.npy", "sha256")
+    refused(build, "texts_train_000001.npy", "sha256", verify=True)
     shard.write_bytes(whole[:-2])
-    assert_refused(build(), "texts_train_000001.npy")
+    refused(build, "texts_train_000001.npy")
 
 
-def test_refusals_leave_nothing_behind(build, hub, tmp_path):
-    for flags, words in {
-        ("--text_column", "body"): ["no \"body\" column", "'id', 'text'"],
-        ("--text_column", "id"): ["int64"],
-        ("--name", "sample-10BT"): ["--name sample-10BT", "folders with files of text: data"],
-        ("--split", "validation"): ["--split validation"],
-        ("--revision", "nowhere"): ["--revision"],
-    }.items():  # fmt: skip
-        assert_refused(build(*flags), *words)
-        assert not (tmp_path / "out").exists(), flags
-    assert_refused(build(source="someone/else"), "someone/else", "hf auth login")
-    assert_refused(build("--name", "x", source=ROOT / "tests"), "--name")
+def test_refusals_leave_no_shards(build, hub, tmp_path, capsys):
+    for flags, words in (
+        (dict(text_column="body"), ["leaves none for training"]),
+        (dict(text_column="id"), ["int64"]),
+        (dict(name="sample-10BT"), ["--name sample-10BT", "folders with files of text: data"]),
+        (dict(split="validation"), ["--split validation"]),
+        (dict(revision="nowhere"), ["--revision"]),
+        (dict(source="someone/else"), ["someone/else", "hf auth login"]),
+        (dict(source=ROOT / "tests", name="x"), ["--name"]),
+    ):
+        refused(build, *words, **flags)
+        assert not (tmp_path / "out" / "manifest.json").exists(), flags
+    assert "has no \"body\" column, only ['id', 'text']" in capsys.readouterr().out
     hub.claims[SECOND] = 10**15
-    assert_refused(build(), "GB of disk", "GB are free")
-    assert not (tmp_path / "out").exists()
+    refused(build, "GB of disk", "GB are free", out="other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_rows_without_text_are_counted(build, hub, capsys):
+    hub.files = {
+        "train-0.parquet": parquet_of(text=pa.array([None] * 3)),
+        "train-1.parquet": parquet_of(text=["a text"] * 9),
+        "train-2.parquet": parquet_of(body=["a text of another name"] * 5),
+    }
+    manifest = build(shard_size=9)
+    assert (manifest["documents"], manifest["skipped_empty"]) == (9, 8)
+    assert "8 documents without text left out" in capsys.readouterr().out
 
 
 def test_an_interrupted_folder_refuses_other_flags_and_names_both(build, hub, tmp_path):
     hub.always[SECOND] = "500"
-    build()
+    refused(build)
     before = content(tmp_path / "out")
-    assert_refused(build(shard_size=5000), "'shard_size': 10000", "'shard_size': 5000")
-    assert_refused(build("--revision", "v1"), "'main'", "'v1'")
     (tmp_path / "other.txt").write_text("other text")
-    assert_refused(build(source=tmp_path / "other.txt"), "already holds shards of", DATASET)
+    for flags, words in (
+        (dict(shard_size=5000), ["'shard_size': 10000", "'shard_size': 5000"]),
+        (dict(revision="v1"), ["'main'", "'v1'"]),
+        (dict(source=tmp_path / "other.txt"), ["already holds shards of", DATASET]),
+    ):
+        refused(build, *words, **flags)
     assert content(tmp_path / "out") == before
 
 
-def test_keep_keeps_the_files(build, hub, tmp_path):
-    assert build("--keep").returncode == 0
+def test_keep_keeps_the_files(build, tmp_path):
+    build(keep=True)
     assert all((tmp_path / "out" / ".fineweb_download" / path).read_bytes() == TABLES[path] for path in TABLES)
 
 
-def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_path):
+def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_path, capsys):
     hub.files = {**BINS, "README.md": b"shards"}
     hub.always["edu_train_000002.bin"] = "wrong"
-    assert_refused(build(), "edu_train_000002.bin", "has the hash")
+    refused(build, "edu_train_000002.bin", "has the hash")
     hub.always.clear()
-    assert build().returncode == 0
+    build()
     manifest = (tmp_path / "out" / "manifest.json").read_bytes()
     assert content(tmp_path / "out") == {**BINS, "manifest.json": manifest}
     assert json.loads(manifest)["documents"] == 1500 and json.loads(manifest)["complete"]
     assert hub.requests["GET", "edu_train_000001.bin"] == 1
-    assert "every sha256 is correct" in build("--verify").stdout
+    build(verify=True)
+    assert "every sha256 is correct" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -284,23 +351,38 @@ def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_pat
     ],
     ids=["equal names", "no val", "no train"],
 )
-def test_token_shards_that_make_no_data_set_are_refused_before_they_are_fetched(build, hub, tmp_path, files, words):
-    hub.files = {file: bin_of([50256, 1, i]) for i, file in enumerate(files)}
-    assert_refused(build(), *words)
-    assert not (tmp_path / "out").exists() and not any(hub.requests["GET", file] for file in files)
+def test_token_shards_that_make_no_data_set_are_refused(files, words):
+    refused(choose_shards, *words, paths=files)
 
 
 def test_name_chooses_the_folder_of_token_shards(build, hub, tmp_path):
     hub.files = {f"{folder}/{name}": bin_of([50256, i]) for i, folder in enumerate("ab") for name in BINS}
-    assert build("--name", "b").returncode == 0
+    build(name="b")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in BINS} == dict.fromkeys(BINS, bin_of([50256, 1]))
-    assert_refused(build("--name", "c", out="c"), "--name c")
+    refused(build, "--name c", name="c", out="c")
 
 
-def test_fetched_token_shards_are_on_the_disk_before_they_get_their_name(hub, environment, tmp_path):
-    hub.files = BINS
-    result = run("tests/probes/durable_renames.py", "--source", DATASET, "--out", tmp_path / "out", env=environment)
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize("kind", ["texts", "token shards"])
+def test_every_file_is_on_the_disk_before_it_gets_its_name(kind, build, hub, tmp_path, monkeypatch):
+    if kind == "token shards":
+        hub.files = BINS
+    synced, fsync, replace = {}, os.fsync, os.replace  # inode -> size at its last fsync
+
+    def fsync_and_note(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    def check_and_replace(source, target):
+        status = os.stat(source)
+        if os.path.dirname(target) == str(tmp_path / "out"):
+            assert synced.get(status.st_ino) == status.st_size, f"{target} was renamed before it was on the disk"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync_and_note)
+    monkeypatch.setattr(os, "replace", check_and_replace)
+    build()
+    assert len(synced) > 3
 
 
 @pytest.mark.parametrize("row_group_size", [1000, 25_000])
@@ -392,41 +474,47 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_datasets_chooses_the_files(layout, build, hub, tmp_path):
+def test_datasets_chooses_the_files(layout, hub, capsys):
     paths, readme, flags, expected = LAYOUTS[layout]
     hub.files = {path: content_for(path) for path in paths} | ({} if readme is None else {"README.md": readme})
-    result = build(*flags, shard_size=3, workers=1)
-    fetched = [path for path in paths if hub.requests["GET", path]]
+    names = {flag.removeprefix("--"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
     if isinstance(expected, str):
-        assert_refused(result, expected)
-        assert not fetched and not (tmp_path / "out").exists()
+        refused(list_files, expected, dataset=DATASET, **names)
         return
-    assert result.returncode == 0, result.stdout
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert [file["file"] for file in manifest["files"]] == expected and sorted(fetched) == sorted(expected)
-    assert manifest["documents"] == len(expected) and manifest["skipped_empty"] == 0
+    commit, files = list_files(DATASET, **names)
+    assert commit == COMMIT and [file["file"] for file in files] == expected
+    assert not any(hub.requests["GET", path] for path in paths)
     size = sum(len(hub.files[path]) for path in expected)
-    split = flags[flags.index("--split") + 1] if "--split" in flags else "train"
-    assert f", split {split}, {len(expected)} files, {size:,} bytes" in result.stdout
-    assert "card" not in result.stdout and "Warning" not in result.stdout
+    out = capsys.readouterr().out
+    assert f", split {names.get('split', 'train')}, {len(expected)} files, {size:,} bytes" in out
 
 
-def test_a_copy_in_the_cache_is_no_answer(build, hub, environment, tmp_path):
-    """Where `datasets` cannot list the files, it takes what it has loaded before, of any commit."""
+@pytest.mark.parametrize("layout", ["c4", "the Pile", "plain text"])
+def test_compressed_lines_and_plain_text_of_the_hub_are_read(layout, build, hub, tmp_path):
+    paths, readme, flags, expected = LAYOUTS[layout]
+    hub.files = {path: content_for(path) for path in paths} | ({} if readme is None else {"README.md": readme})
+    manifest = build(shard_size=3, workers=1, **({"name": "en"} if flags else {}))
+    assert manifest["documents"] == len(expected) and manifest["skipped_empty"] == 0
+    assert sorted(path for path in paths if hub.requests["GET", path]) == sorted(expected)
+
+
+def test_a_copy_in_the_cache_is_no_answer(build, hub, tmp_path):
+    """If `datasets` cannot list the files, it takes what it has loaded before, of any commit."""
     copy = tmp_path / "hf" / "datasets" / "someone___texts" / "default" / "0.0.0" / "abc"
     copy.mkdir(parents=True)
     (copy / "dataset_info.json").write_text(json.dumps({"config_name": "default", "dataset_name": "texts"}))
     hub.always["README.md"] = "500"
-    assert_refused(build(), DATASET, "only an old copy", "start again")
+    refused(build, DATASET, "only an old copy", "Start again")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_build_that_goes_on_keeps_the_files_that_it_began_with(build, hub, tmp_path):
+def test_a_resumed_build_keeps_the_files_that_it_began_with(build, hub, tmp_path):
+    build(out="undisturbed")
     hub.always[SECOND] = "500"
-    assert_refused(build(), SECOND)
+    refused(build, SECOND)
     hub.always = {"tree": "500", "README.md": "500", "info": "500"}  # what the manifest says is enough
-    assert build().returncode == 0
-    assert [file["file"] for file in read_manifest(tmp_path / "out")["files"]] == list(TABLES)
+    build()
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
 def test_token_shards_come_in_the_order_of_their_numbers():
@@ -437,8 +525,8 @@ def test_token_shards_come_in_the_order_of_their_numbers():
     assert not choose_shards(tables)
 
 
-def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_those_that_it_does(build, hub, tmp_path):
-    assert build().returncode == 0
+def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_those_that_it_does(build, tmp_path):
+    build()
     shard = tmp_path / "out" / "texts_train_000001.npy"
     assert shard.name in find_shards(tmp_path / "out")[0]["train"]
     shard.rename(tmp_path / "out" / "foreign_train_000001.npy")
@@ -448,8 +536,8 @@ def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_th
 
 def test_a_document_of_50_mb(build, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one two three four " * 2_700_000}) + "\n\n")
-    result = build(source=tmp_path / "long.jsonl", shard_size=5_000_000)
-    assert "1 documents, 10,800,002 tokens in 3 shards; 1 empty" in result.stdout
+    manifest = build(source=tmp_path / "long.jsonl", shard_size=5_000_000)
+    assert (manifest["documents"], manifest["tokens"], len(manifest["shards"])) == (1, 10_800_002, 3)
 
 
 def test_importing_takes_in_nothing_heavy():

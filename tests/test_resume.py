@@ -361,7 +361,7 @@ def test_a_full_disk_at_the_end_exits_non_zero(tiny, tmp_path):
 
 def test_stale_temporaries_are_cleared_and_old_checkpoints_go_last(tiny, tmp_path):
     (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "model_00005.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "log" / "model_00005.pt.host.0123456789abcdef.tmp").write_bytes(b"half")
     main(tiny(checkpoint_every=4, keep_checkpoints=2))
     names = sorted(p.name for p in (tmp_path / "log").iterdir())
     assert names == ["config.json", "lock", "log.txt", "model_00016.pt", "model_00020.pt", "summary.md"]

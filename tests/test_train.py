@@ -220,7 +220,7 @@ def test_missing_hellaswag_is_said_once_and_the_run_goes_on(tmp_path, monkeypatc
                             "data_dir": str(tmp_path / "data"), "log_dir": str(tmp_path / "log")})  # fmt: skip
     main(config)
     out = capsys.readouterr().out
-    assert out.count("going on without HellaSwag: cannot fetch") == 1 and "saved" in out
+    assert out.count("continuing without HellaSwag: cannot fetch") == 1 and "saved" in out
 
 
 def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,8 @@ import time
 import torch
 
 from lib.console import run_as_command, say
-from lib.data.stream import ShardFolder, open_file
+from lib.data.folder import ShardFolder
+from lib.data.shards import open_file
 from train_gpt2 import DataLoaderLite, TrainConfig
 
 GPU = 553_000  # tokens/s of GPT-2 124M on one H200

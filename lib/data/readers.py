@@ -5,7 +5,6 @@ Each reader yields them from a row on, None for a row without one, so that an in
 Only a small part of the file is in memory at a time.
 """
 
-import codecs
 import functools
 import gzip
 import io
@@ -16,15 +15,14 @@ import zlib
 
 from lib.console import UserError, say
 from lib.data.demo import demo_documents
-from lib.tokenizer import LONGEST_WORD, cut
 
 SUFFIX = re.compile(r"\.(parquet|(jsonl?|txt)(\.gz|\.zst)?)\Z", re.I)
-FORMATS = ".parquet, .jsonl, .json (one object a line) and .txt, the last three also as .gz or .zst"
+FORMATS = ".parquet, .jsonl, .json (one object per line) and .txt, the last three also as .gz or .zst"
 PIECE = 1 << 20  # characters of a .txt that are tokenized together
 MARK = "<|endoftext|>"  # separates the documents in many a .txt
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # pyarrow's names of types that hold text; old writers of .parquet do not mark their bytes as UTF-8
-TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 DECODER = json.JSONDecoder(parse_int=float)  # int() refuses 5,000 digits; numbers are not needed
 
 
@@ -46,7 +44,9 @@ def table_documents(path, column, row):
     with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
         names, groups = table.schema_arrow.names, table.num_row_groups
         if column not in names:
-            raise UserError(f'{path} has no "{column}" column: choose --text_column from its columns, {names}')
+            say(f'{path} has no "{column}" column, only {names}: its rows count as empty documents')
+            yield from itertools.repeat(None, table.metadata.num_rows - row)
+            return
         kind = table.schema_arrow.field(column).type
         kind = str(getattr(kind, "value_type", kind) if pyarrow.types.is_dictionary(kind) else kind)
         if kind not in TEXT_TYPES:
@@ -71,82 +71,70 @@ def open_text(path):
 
 
 def line_documents(path, column, row):
-    """One field of each line of a .jsonl from a line on; a blank line is an empty document."""
+    """One field of each line of a .jsonl from a line on; a blank line and one without the field are empty documents."""
     with open_text(path) as lines:
         for number, line in enumerate(itertools.islice(lines, row, None), start=row + 1):
             try:
-                text = DECODER.decode(line.decode("utf-8-sig"))[column] if line.strip() else None
-                if not isinstance(text, str | None):
-                    raise TypeError(text)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                remedy = "fix or delete it and build it in a new --out, or name another --text_column"
-                if line.strip().startswith(b"["):
-                    remedy = "a line must be one JSON object: convert a list with jq -c '.[]'"
-                raise UserError(f'{path}, line {number} has no "{column}" string: {error!r:.200}; {remedy}') from None
+                record = DECODER.decode(line.decode("utf-8-sig")) if line.strip() else {}
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}; fix or delete it") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number} is not a JSON object: convert a list with jq -c '.[]'")
+            text = record.get(column)
+            if not isinstance(text, str | None):
+                raise UserError(f'{path}, line {number}: "{column}" is not text but {text!r:.200}; fix or delete it')
             yield text
 
 
-def decoded(path):
-    """The text of a .txt in blocks, with \\n line ends. Raises UserError if it is not UTF-8."""
-    decoder, at, carry = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    with open_text(path) as file:
-        while True:
-            data = file.read(PIECE)
-            waiting = len(decoder.getstate()[0])  # bytes of an incomplete character
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at += error.start - waiting
-                raise UserError(f"{path} is not UTF-8 at byte {at}: convert it, for instance with iconv") from None
-            if at == 0:
-                text = text.removeprefix("\ufeff")
-                if text.count("\0") > len(text) // 100:
-                    raise UserError(f"{path} is full of NUL characters, as UTF-16 is: convert it, iconv -f UTF-16LE")
-            at += len(data)
-            text = carry + text
-            carry = "\r" if data and text.endswith("\r") else ""  # the next block may begin with its \n
-            yield text.removesuffix(carry).replace("\r\n", "\n")
-            if not data:
-                return
+def blocks(path):
+    """The lines of a .txt, joined to blocks, with \\n line ends. Raises UserError if it is not UTF-8."""
+    with io.TextIOWrapper(open_text(path), encoding="utf-8-sig", newline="\n") as file:
+        try:
+            while block := "".join(file.readlines(PIECE)):
+                if block.count("\0") > len(block) // 100:
+                    raise UserError(f"{path} looks like UTF-16; convert it: iconv -f UTF-16LE -t UTF-8")
+                yield block.replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            near = error.object[max(0, error.start - 30) : error.start + 10]
+            raise UserError(f"{path} is not UTF-8 near {near}: convert it, for instance with iconv") from None
 
 
-@functools.cache  # said once
+@functools.cache  # printed once
 def offer_to_split():
     say(f'{MARK} occurs in a .txt and is kept as text: with --split_on "{MARK}" a document ends there')
 
 
 def text_documents(path, split_on):
-    """The documents of a .txt, a single one unless split_on is given, in pieces that do not change the tokens."""
+    """The documents of a .txt, a single one unless split_on is given, without the newlines around a separator. A long
+    one comes in pieces that begin with white space, which changes no token."""
     kind, rest = str, ""
-    for block in itertools.chain(decoded(path), [None]):
-        rest += block or ""
+    for block in blocks(path):
+        rest += block
         if split_on:
             *whole, rest = rest.split(split_on)
             for text in whole:
-                text = text.lstrip("\n") if kind is str else text
-                yield kind(text.rstrip("\n"))
+                yield kind(text.rstrip("\n") if kind is More else text.strip("\n"))
                 kind = str
             rest = rest.lstrip("\n") if kind is str else rest
-        elif block and MARK in block:
+        elif MARK in block:
             offer_to_split()
-        limit = min(len(rest) - len(split_on or ""), LONGEST_WORD)  # a separator may have begun
-        if block is not None and limit >= PIECE:
-            end = cut(rest, 0, limit)
-            if end < limit or limit == LONGEST_WORD:
-                yield kind(rest[:end])
-                kind, rest = More, rest[end:]
+        words = rest[: len(rest) - len(split_on or "")].rsplit(None, 1)  # a separator may have begun
+        if len(words) == 2:
+            yield kind(words[0])
+            kind, rest = More, rest[len(words[0]) :]
     rest = rest.rstrip("\n") if split_on else rest
-    if rest or not split_on:
+    if rest or kind is str and not split_on:
         yield kind(rest)
 
 
 def documents_of(path, column="text", row=0, split_on=None):
     """The documents of a file from a row on, long ones in pieces, of type More after the first; without a path, those
     of the demo. The rows of a .txt are its pieces."""
+    if path is None:
+        yield from demo_documents()[row:]
+        return
     try:
-        if path is None:
-            yield from demo_documents()[row:]
-        elif format_of(path.name) == "txt":
+        if format_of(path.name) == "txt":
             yield from itertools.islice(text_documents(path, split_on), row, None)
         else:
             yield from (table_documents if format_of(path.name) == "parquet" else line_documents)(path, column, row)
@@ -155,5 +143,24 @@ def documents_of(path, column="text", row=0, split_on=None):
     except UnicodeDecodeError as error:
         raise UserError(f'column "{column}" of {path} has bytes that are not UTF-8: {error}') from None
     except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:  # pyarrow's are among them
-        remedy = f": unpack it, zstd -d --long=31 {path}" if "too much memory" in str(error) else ""
-        raise UserError(f"cannot read {path}: {error}{remedy}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def inspect(path, column, split_on):
+    """Read a file without tokenizing it; returns (how many documents with text it has, why it cannot be used or "", the
+    columns of a .parquet, of which only the schema is read: if it has the column, it counts as a document)."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return 0, f"{path} is only a git-LFS pointer to the text: run git lfs pull in its folder first", []
+        if format_of(path.name) == "parquet":
+            import pyarrow.parquet
+
+            names = pyarrow.parquet.read_schema(path).names
+            if column in names:
+                next(documents_of(path, column), None)
+            return int(column in names), "", names
+        texts = documents_of(path, column, 0, split_on or MARK)  # with a separator: the parent offers to split
+        return sum(bool(text) and not isinstance(text, More) for text in texts), "", []
+    except (UserError, OSError, ValueError) as error:  # pyarrow's are among them
+        return 0, str(error) if isinstance(error, UserError) else f"cannot read {path}: {error}", []

@@ -1,9 +1,13 @@
 """
-Token shards: the names of the files and their formats.
+Token shards: the names of the files, their formats, and their tokens.
 """
 
+import functools
+import hashlib
+import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,34 +31,63 @@ def split_of(name):
     return match and match["split"]
 
 
-def hidden_shards(names):
-    """How many of the names are those of shards, but for leading dots."""
-    return sum(name.startswith(".") and split_of(name.lstrip("._")) is not None for name in names)
+@functools.lru_cache(maxsize=128)  # a process may have 256 files open on macOS
+def open_file(path):
+    return open(path, "rb", buffering=0)
 
 
-def check_shard_set(paths):
-    """Raise UserError unless these token shards (.bin) fit into one folder and have both splits."""
-    for split in SPLITS:
-        if not any(split_of(Path(path).name) == split for path in paths):
-            raise UserError(f"no *_{split}_*.bin among {', '.join(paths[:5])}: choose a data set that has both splits")
-    of_name = {}
-    for path in paths:
-        if (other := of_name.setdefault(Path(path).name, path)) != path:
-            raise UserError(f"{other} and {path} have the same name: choose the folder of one of them with --name")
+class Shard(NamedTuple):
+    """The tokens of a shard, read when they are needed. With a memory map, a file that is truncated during the run
+    would end the process with SIGBUS; here it is an error that names the file."""
+
+    path: str
+    offset: int  # bytes before the first token
+    length: int  # tokens
+    fingerprint: str  # hash of evenly spread pieces of 256 tokens: detects other content of the same length
+
+    @classmethod
+    def open(cls, path, pieces=16):
+        """Open a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16). Raises UserError
+        if it is not complete."""
+        try:
+            with open(path, "rb") as file:
+                offset, length = (read_npy_header if str(path).endswith(".npy") else read_bin_header)(file)
+                expected = offset + 2 * length
+                if (size := file.seek(0, os.SEEK_END)) != expected or length == 0:
+                    raise ValueError(f"{size:,} bytes, where {length:,} tokens need {expected:,}")
+                starts = [max(0, length - 256) * i // max(1, pieces - 1) for i in range(pieces)]
+                sample = b"".join(os.pread(file.fileno(), 512, offset + 2 * start) for start in starts)
+        except ValueError as error:
+            raise UserError(f"{path} is not a complete token shard: {error}. Fetch or build it again") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}. Restore it, or build it again") from None
+        return cls(str(path), offset, length, hashlib.sha256(sample).hexdigest()[:16])
+
+    def read(self, start, end):
+        """The tokens from start to end, or to the shard's end if that comes first, as uint16."""
+        end = min(end, self.length)
+        try:
+            data = os.pread(open_file(self.path).fileno(), 2 * (end - start), self.offset + 2 * start)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error}. Restore it, and resume") from None
+        if len(data) < 2 * (end - start):
+            raise UserError(f"{self.path} was truncated (fewer than {end} tokens): restore it, and resume")
+        return np.frombuffer(data, "<u2")
 
 
-def open_shard(path):
-    """Memory-map a shard: a .npy of one-dimensional uint16, or llm.c's .bin (a header of 256 int32, then uint16)."""
-    try:
-        if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            header = np.fromfile(path, "<i4", 256)
-            tokens = np.memmap(path, "<u2", mode="r", offset=1024)
-            if len(header) < 3 or tuple(header[:3]) != (20240520, 1, len(tokens)):
-                raise ValueError(f"its header {header[:3]} should be 20240520, 1 and its {len(tokens)} tokens")
-        if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
-            raise ValueError(f"it has dtype {tokens.dtype} and shape {tokens.shape}, not uint16 in one dimension")
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a complete token shard: {error}. Fetch or build it again") from None
-    return tokens
+def read_npy_header(file):
+    """Return (bytes before the first token, tokens). Raises ValueError for other arrays."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"it is of version {version} of the format, not (1, 0)")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.dtype("<u2") or len(shape) != 1:
+        raise ValueError(f"it has dtype {dtype} and shape {shape}, not uint16 in one dimension")
+    return file.tell(), shape[0]
+
+
+def read_bin_header(file):
+    """The same for a .bin."""
+    header = np.frombuffer(file.read(1024), "<i4")
+    if len(header) < 256 or tuple(header[:2]) != (20240520, 1):
+        raise ValueError(f"its header {header[:3]} should begin with 20240520, 1 and the number of tokens")
+    return 1024, int(header[2])

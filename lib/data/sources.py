@@ -4,141 +4,44 @@ What fineweb.py reads: the demo corpus, local files of text, and data sets of th
 A source is a list of files in a fixed order.
 """
 
-import hashlib
-import os
 import re
-import stat
+import shutil
 import sys
-from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
 
 from lib.console import UserError, say
 from lib.data import hub
-from lib.data.readers import FORMATS, LFS_POINTER, format_of
+from lib.data.local import local_source
+from lib.data.readers import format_of
 from lib.data.shards import FINEWEB_EDU
-from lib.files import sample_hash
+from lib.files import expand, why_missing
 
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned, since data sets on the hub change
-
-
-def hidden(name):
-    """Whether a name is an editor's or a system's, such as .ipynb_checkpoints, ._x or __MACOSX: never training text."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def walk(root):
-    """Yield (path, os.stat's result) for each file of text in a folder and below, and (path, reason in words) for what
-    is left out, in no fixed order. Links to folders are followed, each folder once, since links may form a cycle."""
-    folders, links, seen = deque([root]), deque(), set()
-    while folders or links:  # links last: a folder is found under its own name
-        folder = folders.popleft() if folders else links.popleft()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                yield folder, "linked twice"
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            paths = [folder / name for name in os.listdir(folder)]
-        except PermissionError as error:
-            yield folder, error.strerror
-            continue
-        for path in paths:
-            if hidden(path.name):
-                yield path, "hidden"
-                continue
-            try:
-                status = path.stat()
-            except PermissionError as error:  # some folders can be listed but not entered
-                yield path, error.strerror
-                continue
-            except OSError:  # a broken link
-                if format_of(path.name):
-                    raise
-                status = path.lstat()
-            if stat.S_ISDIR(status.st_mode):
-                (links if path.is_symlink() else folders).append(path)
-            else:
-                is_text = format_of(path.name) and stat.S_ISREG(status.st_mode)
-                yield path, status if is_text else "of another kind"
-
-
-def find_files(root):
-    """The files of text at a path, in order, with their sizes. Prints in one line what is taken and what is left out.
-
-    Raises UserError if there are none, and for one that cannot be read.
-    """
-    try:
-        if root.is_dir():
-            found = list(walk(root))
-        else:
-            found = [(root, root.stat() if format_of(root.name) else "of another kind")]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}. Fix that, or move it elsewhere") from None
-    left_out = [(path, reason) for path, reason in found if isinstance(reason, str)]
-    files = {path: status for path, status in found if not isinstance(status, str)}
-    taken, seen, is_json = {}, set(), {path: format_of(path.name) == "json" for path in files}
-    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
-        place = files[path].st_dev, files[path].st_ino
-        if path.is_symlink() and place in seen:
-            left_out.append((path, "linked twice"))
-        elif is_json[path] and not all(is_json.values()):  # more likely settings than text
-            left_out.append((path, "of another kind"))
-        else:
-            seen.add(place)
-            taken[path] = files[path].st_size
-    counts = Counter(reason for _, reason in left_out if reason in ("hidden", "of another kind", "linked twice"))
-    reasons = [f"{count:,} {reason}" for reason, count in counts.items()]
-    reasons += [f"{path} ({reason})" for path, reason in left_out if reason not in counts]
-    left_out = f"left out: {', '.join(reasons[:9]) or 'nothing'}{' and more' if len(reasons) > 9 else ''}"
-    if not taken:
-        raise UserError(f"{root} holds no file that ends in {FORMATS}; {left_out}")
-    say(f"{root}: {len(taken):,} files taken, {sum(taken.values()):,} bytes; {left_out}")
-    return dict(sorted(taken.items()))
-
-
-def refuse_pointers(files):
-    """Raise UserError if a file is only a git-LFS pointer, a few lines in place of its content."""
-    for path, size in files.items():
-        if size < 1024:
-            with open(path, "rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise UserError(
-                        f"{path} is only a git-LFS pointer to the text: run git lfs pull in its folder first"
-                    )
+DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone: deleted after the build
+# Tokens per byte of English, slightly overestimated (FineWeb-Edu: 0.35 as .parquet, 0.21 as .jsonl)
+TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".json": 0.25, ".txt": 0.25, ".gz": 0.6, ".zst": 0.7, ".bin": 0.5}
 
 
 def find_source(source, name=None, split="train", text_column="text", revision=None, split_on=None):
-    """Return (what the manifest says of the source, a function that opens it), without using the network.
+    """Return (what the manifest says of the source, its files, a function that opens it), without using the network.
 
-    open(folder, manifest, keep) returns (commit, files, paths); paths(first) yields (index, path) of the files from
-    one on. A data set is opened as its manifest says, if there is one; it is downloaded into the folder, and kept there
-    with `keep`.
+    files: [{"file", "size", ...}] of local text, None for a data set of the hub. open(folder, manifest, keep) returns
+    (what a new manifest says besides, paths); paths(first) yields (index, path) of the files from one on. A data set is
+    opened as its manifest says, if there is one; it is downloaded into the folder, and kept there with `keep`.
     """
-    path = Path(os.path.expanduser(source))
-    try:
-        exists = bool(source) and path.exists()
-    except (OSError, ValueError) as error:  # no permission, a name that is too long
-        raise UserError(f"cannot read {source:.300}: {error}") from None
-    if (source == "demo" or exists) and (name or revision):
-        raise UserError(f"--name and --revision are for data sets on the hub, which {source} is not: leave them out")
-    if source == "demo":
-        about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
-        files = [{"file": "demo", "tokens": 1_000_000}]
-        return about, lambda folder, manifest, keep: (None, files, lambda first: [(0, None)][first:])
-    if exists:
-        sizes = find_files(path)
-        paths = list(sizes)
-        samples = hashlib.sha256(repr([(p.name, sample_hash(p)) for p in paths]).encode()).hexdigest()
-        refuse_pointers(sizes)
-        files = [{"file": p.name, "size": size} for p, size in sizes.items()]
-        check_split_on(split_on, files)
-        about = {"source": str(path.resolve()), "revision": samples, "text_column": text_column, "split_on": split_on}
-        return about, lambda folder, manifest, keep: (None, files, lambda first: list(enumerate(paths))[first:])
+    for typed, meant in {r"\n": "\n", r"\t": "\t", r"\r": "\r", "\r\n": "\n"}.items():  # as a shell passes '\n'
+        split_on = split_on and split_on.replace(typed, meant)
+    missing = source != "demo" and why_missing(expand(source))
+    if not missing:
+        if name or revision:
+            raise UserError(f"--name and --revision are for data sets on the hub, which {source} is not: omit them")
+        return demo_source() if source == "demo" else local_source(Path(expand(source)), text_column, split_on)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or format_of(source):
         raise UserError(
-            f"no file or folder {source}; a Hugging Face data set is written owner/name, like {FINEWEB_EDU}"
+            f"no file or folder {source:.300} ({missing}); a Hugging Face data set is written owner/name, like "
+            f"{FINEWEB_EDU}"
         )
     if source in (FINEWEB_EDU, "HuggingFaceFW/fineweb"):
         name = name or "sample-10BT"  # all of it is a thousand times as much
@@ -151,13 +54,36 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
             commit, files = manifest["revision"], manifest["files"]
         else:
             commit, files = hub.list_files(source, revision, name, split)
-            check_split_on(split_on, files)
-        return commit, files, lambda first: hub.fetch_in_turn(source, commit, files, folder, first, keep)
+            if split_on and not any(format_of(file["file"]) == "txt" for file in files):
+                raise UserError(f"--split_on {split_on!r} is for .txt files, but {source} has none: omit it")
+        more = {"revision": commit, "files": files}
+        return more, lambda first: hub.fetch_in_turn(source, commit, files, folder, first, keep)
 
     about = dict(source=source, name=name, split=split, asked_revision=revision, text_column=text_column)
-    return {**about, "split_on": split_on}, open_source
+    return {**about, "split_on": split_on}, None, open_source
 
 
-def check_split_on(split_on, files):
-    if split_on and not any(format_of(file["file"]) == "txt" for file in files):
-        raise UserError(f"--split_on {split_on!r} is for .txt files, but there are none: leave it out")
+def demo_source():
+    about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
+    files = [{"file": "demo", "tokens": 1_000_000}]
+    return about, files, lambda folder, manifest, keep: ({"files": files}, lambda first: [(0, None)][first:])
+
+
+def estimate_tokens(files):
+    """Estimate the number of tokens of the files: for the size of a shard, the disk needed and the time left."""
+    return int(sum(f.get("tokens") or f["size"] * TOKENS_PER_BYTE[Path(f["file"]).suffix.lower()] for f in files))
+
+
+def check_disk(out, manifest, files, keep):
+    """Raise UserError if the disk has no room for the shards still to be made and the files still to be fetched."""
+    need = 2 * max(0, estimate_tokens(files) - sum(s["tokens"] for s in manifest["shards"]) if manifest else 0)
+    fetched = [f["size"] for f in files if "hash" in f and not (out / DOWNLOADS / f["file"]).exists()]
+    need += sum(fetched if keep else sorted(fetched)[-2:])  # without `keep`, one or two at a time
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())).free
+    if need > free:
+        raise UserError(
+            f"{out} needs {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: make room, or choose another "
+            "--out"
+        )
+    if need > 1e8:
+        say(f"{out} needs about {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")

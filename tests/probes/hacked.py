@@ -13,7 +13,7 @@ import torch
 
 import train_gpt2
 from lib.console import Stopped, UserError
-from lib.data.stream import ShardFolder
+from lib.data.folder import ShardFolder
 from tools import sample
 from train_gpt2 import main, parse_args
 
