@@ -13,10 +13,27 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lib.console import UserError
-from lib.files import atomic_write
+from lib.files import atomic_write, list_folder
 
 COMMENT_LENGTH = struct.pack("<H", 64)  # of a hexadecimal sha256; a zip archive's last field
+NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; files of other names are left alone
 KINDS = {"model": dict, "optimizer": dict, "config": dict, "train_config": dict, "step": int}  # required entries
+
+
+def step_of(path):
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def list_checkpoints(log_dir):
+    """The checkpoints in a folder, in the order of their steps."""
+    paths = [path for path in list_folder(log_dir) if NAME.fullmatch(path.name) and os.path.isfile(path)]
+    return sorted(paths, key=step_of)
+
+
+def newest_checkpoint(path):
+    """The newest checkpoint in a log_dir, by its name; any other path stays as it is."""
+    newest = list_checkpoints(path)[-1:] if os.path.isdir(path) else []
+    return str(newest[0]) if newest else path
 
 
 class HashingWriter:

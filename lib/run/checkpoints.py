@@ -4,29 +4,16 @@ The checkpoints in a run's folder.
 
 import errno
 import os
-import re
 import shlex
 
-from lib.checkpoint import load_checkpoint, write_checkpoint
+from lib.checkpoint import list_checkpoints, load_checkpoint, step_of, write_checkpoint
 from lib.console import UserError, say
-from lib.files import list_folder
 
-NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; files of other names are left alone
 GONE = "is gone, and with it the run: start again, or restore it and resume"
 
 
 def path_of(log_dir, step):
     return log_dir / f"model_{step:05d}.pt"
-
-
-def step_of(path):
-    return int(NAME.fullmatch(path.name)[1])
-
-
-def list_checkpoints(log_dir):
-    """The checkpoints in a folder, in the order of their steps."""
-    paths = [path for path in list_folder(log_dir) if NAME.fullmatch(path.name) and os.path.isfile(path)]
-    return sorted(paths, key=step_of)
 
 
 def remove(path):
