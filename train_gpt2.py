@@ -30,9 +30,10 @@ import hellaswag
 from lib import config as configs
 from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
-from lib.data.stream import TokenStream, count_tokens, open_shards, shuffle
+from lib.data.stream import TokenStream, open_shards, shuffle
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import chunked_cross_entropy, fit_micro_batch, load, plan, published
+from lib.model import chunked_cross_entropy, fit_micro_batch, load
+from lib.model.headline import headline
 from lib.optimizers import as_one
 from lib.run import Run, RunFolder, handlers_restored, time_text
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
@@ -85,9 +86,6 @@ class TrainConfig:
     activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
     max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to step 1 and at the end
-    plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours, money) and exit
-    plan_speed: int = 0  # tokens/s of one GPU, for the hours of the plan; 0: computed for several GPUs
-    plan_price: float = 0.0  # of one GPU for an hour, in any currency; 0: the plan has no prices
 
 
 SMALL = dict(  # 2.5M, nearly all of it vocabulary: minutes on a laptop
@@ -543,7 +541,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
     gpu, peak_tflops = devices.name_and_peak(device)
-    print0(plan.headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
+    print0(headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
 
     # a checkpoint holds the state_dict of these, which a resume loads, the facts, and from Run the step, the last
     # val_loss, the random state and the commit (lib/checkpoint.py: an atomic torch.save)
@@ -568,8 +566,7 @@ def train(config, rank, local_rank, world_size, device, folder):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, config.val_tokens // T, device, run.check_stop)
             run.record(val=val_loss)
-            comparison = published.compare(val_loss, step * config.total_batch_size, model.config, data.facts)
-            run.say(f"val loss {val_loss:.4f}{comparison}")
+            run.say(f"val loss {val_loss:.4f}")
 
         # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
@@ -586,7 +583,7 @@ def train(config, rank, local_rank, world_size, device, folder):
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
-            folder.draw(published.flags(config.total_batch_size, model.config, data.facts), step == config.max_steps)
+            folder.draw(step == config.max_steps)
 
         # once in a while: save everything needed to continue from here
         if step > 0 and run.due(config.checkpoint_every):
@@ -607,7 +604,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         if run.due(config.log_every) or not finite:
             print0(step_line(step, config.max_steps, loss, lr, norm, finite, run.clock.last, speed, mfu))
         run.count_finite(finite)
-    return run.finish(config, f"{world_size} x {gpu}", published.beside(model.config, data.facts), bool(hella))
+    return run.finish(config, f"{world_size} x {gpu}", bool(hella))
 
 
 def main(config):
@@ -617,9 +614,6 @@ def main(config):
     KeyboardInterrupt for Ctrl-C.
     """
     config = configs.check(config, max(1, torchrun_ranks()[2]), load.OPENAI_MODELS)
-    if config.plan:
-        print0(plan.describe(config, load.on_meta(GPT, GPTConfig.of(config)), count_tokens(config.data_dir)))
-        return {}
     folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
     with handlers_restored(), process_group(config.device, config.collective_timeout) as ranks, folder:
         return train(config, *ranks, folder)

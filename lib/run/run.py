@@ -109,16 +109,16 @@ class Run:
             f"float32, and --init_from resume, which continues from {before or 'step 0'}"
         )
 
-    def finish(self, config, devices, peers, scored):
-        """Print the results of a finished run beside published ones, write them to log_dir/summary.md, and suggest what
-        to do next. Returns the last metrics."""
+    def finish(self, config, devices, scored):
+        """Print the results of a finished run, write them to log_dir/summary.md, and suggest what to do next. Returns
+        the last metrics."""
         self.folder.check_saved()
         self.metrics["step"] = self.step
         print0(f"done: {self.clock}")
         if is_main_rank():
             parameters = sum(p.numel() for p in self.state["model"].parameters())
             rows = summary.results(self.step, self.metrics, self.clock, config, parameters, self.timed_from)
-            self.folder.summarize(f"GPT-2 on {devices}", rows, peers, config, self.facts)
+            self.folder.summarize(f"GPT-2 on {devices}", rows, config, self.facts)
         if self.folder.saved:
             checkpoint, prompt = shlex.quote(str(self.folder.saved)), shlex.quote(config.sample_prompt)
             score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
