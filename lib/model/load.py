@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint, newest_checkpoint
 from lib.console import UserError, print0
 from lib.files import expand, why_missing
 from lib.model import hugging_face
@@ -104,23 +104,33 @@ def check_vocabulary(name, config):
         )
 
 
+@torch.no_grad()
+def check_finite(name, model):
+    """Raise UserError if weights of a model on the CPU, or its logits of one token, are NaN or infinite."""
+    for part, tensor in {**model.state_dict(), "logits": model.eval()(torch.tensor([[0]]))[0]}.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: {part} has NaN or infinite values: use a checkpoint from before the run diverged")
+
+
 def from_openai(name, model_class, config_class):
     """OpenAI's weights from the Hugging Face hub."""
     if name not in OPENAI_MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
-    return rebuild(hugging_face.fetch(name), model_class, config_class)
+    return rebuild(hugging_face.to_ours(*hugging_face.fetch_openai(name)), model_class, config_class)
 
 
 def load_model(name, model_class, config_class):
-    """A model on the CPU, from an OpenAI model name, a checkpoint or a folder by tools/export_hf.py."""
+    """A model on the CPU, from an OpenAI model name, a checkpoint, a log_dir (its newest checkpoint), or a folder by
+    tools/export_hf.py."""
     if name in OPENAI_MODELS:
         return from_openai(name, model_class, config_class)
-    path = expand(name)
+    path = newest_checkpoint(expand(name))
     if missing := why_missing(path):
         names = ", ".join(OPENAI_MODELS)
-        raise UserError(f"{name!r} is not a checkpoint, an exported folder or one of {names}: {missing}")
-    read = hugging_face.read_folder if os.path.isdir(path) else load_checkpoint
-    return rebuild(read(path), model_class, config_class)
+        raise UserError(f"{name!r} is not a checkpoint, a log_dir, an exported folder or one of {names}: {missing}")
+    is_folder = os.path.isdir(path)
+    checkpoint = hugging_face.to_ours(*hugging_face.read_folder(path)) if is_folder else load_checkpoint(path)
+    return rebuild(checkpoint, model_class, config_class)
 
 
 def initial_model(init_from, model_config, checkpoint, model_class):
