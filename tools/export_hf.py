@@ -10,6 +10,7 @@ logits must equal this code's, or no folder is written.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -181,13 +182,15 @@ def compare_logits(folder, model):
 
 
 def write_folder(folder, model, card):
-    """Write the folder of a model, a GPT; card: a function of the number of parameters that returns its README.md. It
-    appears complete or not at all."""
+    """Write the folder of a model, a GPT; card: a function of the number of parameters that returns its README.md.
+
+    The files appear complete, config.json last, or not at all. The folder may be a mount, which cannot be replaced.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config, weights = to_theirs(asdict(model.config), model.state_dict())
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished = folder / "unfinished"
     try:
         unfinished.mkdir(parents=True)
         write_json(unfinished / "config.json", config, indent=2)
@@ -198,11 +201,14 @@ def write_folder(folder, model, card):
         text = card(sum(weight.numel() for weight in weights.values()))
         (unfinished / "README.md").write_text(text, encoding="utf-8", newline="\n")
         compare_logits(unfinished, model)
-        os.replace(unfinished, folder)  # which may be there, if it is empty
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}. Fix that, or name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 

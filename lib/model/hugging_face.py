@@ -116,11 +116,11 @@ def read_folder(folder):
 
     Raises UserError for another model or tokenizer, and for files that cannot be read.
     """
-    folder = Path(folder)
+    name, folder = folder, Path(folder)
     kinds = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "*.h5")
     files = next((files for kind in kinds if (files := sorted(folder.glob(kind)))), None)
     if not files:
-        raise UserError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: it has no weights")
+        raise UserError(f"cannot load {name}/ as a GPT-2 of config.json and model.safetensors: it has no weights")
     weights = {name: weight for path in files for name, weight in read_weights(path).items()}
     config = read_config(folder / "config.json")
     check_tokenizer(folder)
