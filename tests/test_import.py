@@ -76,6 +76,8 @@ REFUSED = {
     "letters.pt": "has a vocabulary of 65 ids",
     "other.pt": "no matrix transformer.wte.weight",
     "list.pt": "holds a list, not a dict with weights",
+    "mixed.pt": "step is not a tensor but of type int",
+    "zip.pt": "cannot read .*: RuntimeError",
     "diverged.pt": "transformer.h.1.mlp.c_fc.bias has NaN or infinite values",
     "cut.pt": "cannot read .*cut.pt: RuntimeError",
     "cut.safetensors": "cannot read .*: SafetensorError",

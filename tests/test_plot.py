@@ -183,7 +183,7 @@ def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        plot.main([str(log), "--tokens_per_step=8", "--size=other", "--dataset=other"])
+        plot.main([str(log), "--tokens_per_step=8"])
 
 
 def test_a_config_of_another_program_is_no_obstacle(tmp_path):

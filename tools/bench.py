@@ -5,15 +5,13 @@ What each optimization gains on this machine: a training step, with one more opt
 
 Every row trains the same model on the same random tokens: forward, backward, clipping, AdamW. Its steps alternate with
 those of the row above, so that their ratio holds even if the machine's speed drifts. Then follow all optimizations
-against none from the same weights, Hugging Face's GPT-2 in the same loop, and HellaSwag batched against one item at a
-time. Times are medians; MFU counts 6N + 6LCT operations per token over the datasheet's 16-bit peak. The shape is GPT-2
-124M on CUDA and the demo's on CPU.
+against none from the same weights, and Hugging Face's GPT-2 in the same loop. Times are medians; MFU counts 6N + 6LCT
+operations per token over the datasheet's 16-bit peak. The shape is GPT-2 124M on CUDA and the demo's on CPU.
 """
 
 import argparse
 import gc
 import json
-import random
 import statistics
 import sys
 import time
@@ -25,9 +23,8 @@ import torch
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/bench.py works, too
-import hellaswag
 from lib.console import UserError, run_as_command, say
-from lib.device import flash_attention, name_and_peak
+from lib.device import name_and_peak
 from lib.files import expand
 from lib.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, choose_dtype
@@ -120,38 +117,6 @@ def measure_ladder(device, config, draw, tokens, steps, names, peak):
     return rows
 
 
-def one_at_a_time(model, item, device):
-    """The tutorial's way: four rows, with logits for all tokens. Returns the ending with the lowest mean loss."""
-    _, tokens, mask, _ = hellaswag.render_example(item)
-    tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
-    with flash_attention():  # as hellaswag.py
-        logits = model(tokens)[0][:, :-1, :VOCAB_SIZE].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
-    return ((losses * mask).sum(dim=1) / mask.sum(dim=1)).argmin().item()
-
-
-@torch.no_grad()
-def hellaswag_speed(device, config, count):
-    """Seconds for `count` items of HellaSwag's lengths, made of random words, and how many answers agree."""
-    choose, words = random.Random(0), ("the", "man", "is", "on", "with", "then", "runs", "water")
-
-    def text(shortest, longest):
-        return " ".join(choose.choices(words, k=choose.randint(shortest, longest)))
-
-    items = [{"ctx": text(20, 80), "label": 0, "endings": [text(10, 50) for _ in range(4)]} for _ in range(count)]
-    model = GPT(GPTConfig(1024, 50304, config.n_layer, config.n_head, config.n_embd)).to(device).eval()
-    with torch.autocast(device.type, choose_dtype("auto", device), enabled=device.type == "cuda"):
-        one_at_a_time(model, items[0], device)
-        start = time.perf_counter()
-        answers = [one_at_a_time(model, item, device) for item in items]
-        single = time.perf_counter() - start
-        labelled = [{**item, "label": answer} for item, answer in zip(items, answers, strict=True)]
-        start = time.perf_counter()
-        _, agree, _ = hellaswag.evaluate(model, hellaswag.make_batches(labelled), device).tolist()
-        batched = time.perf_counter() - start
-    return {"items": count, "one_by_one_s": single, "batched_s": batched, "ratio": single / batched, "agree": agree}
-
-
 def draw_plot(path, figures):
     from matplotlib.figure import Figure
 
@@ -193,8 +158,6 @@ def main(args):
         (ours, theirs), _ = measure(pair, draw, args.steps)
         figures["peer"] = {"ours_ms": ours * 1e3, "transformers_ms": theirs * 1e3, "ratio": theirs / ours}
         say(f"transformers with the same settings: {figures['peer']}")
-    figures["hellaswag"] = hellaswag_speed(device, config, args.steps * (200 if device.type == "cuda" else 20))
-    say(f"HellaSwag, batched against one item at a time: {figures['hellaswag']}")
     try:
         if args.json:
             Path(expand(args.json)).write_text(json.dumps(figures, indent=1) + "\n")

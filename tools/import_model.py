@@ -10,9 +10,9 @@ optimizer is not imported, so a run from the folder begins at step 0.
 """
 
 import argparse
+import contextlib
 import re
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
@@ -37,7 +37,9 @@ class Config:
 
 def read_file(path):
     """(weights, config, others) of a file: tensors by its own names, the model's config, and all else that it has."""
-    classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if zipfile.is_zipfile(path) else []
+    classes = []
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # not torch's format of today: read_weights says more
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     if strange := sorted(name for name in classes if name.split(".")[-1] != "GPTConfig"):
         raise UserError(
             f"{path} holds more than plain data, and loading it would run code: {', '.join(strange)}. Save plain data "
@@ -84,7 +86,8 @@ def find_sizes(path, config, weights, n_head):
 def read_foreign(path, n_head=None):
     """A GPT-2 from another program's file: (checkpoint, as lib.model.load.rebuild takes it; notes for the user)."""
     weights, config, others = read_file(path)
-    weights = hugging_face.named_as_ours({WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()})
+    weights = {WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
+    weights = hugging_face.named_as_ours(weights, path)
     sizes = find_sizes(path, config, weights, n_head)
     notes = [f"not imported: {', '.join(map(str, others))}"] if others else []
     if "iter_num" in others:

@@ -19,7 +19,7 @@ from lib.device import PEAK_TFLOPS
 from lib.model.load import OPENAI_MODELS, on_meta
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
-GIB = 2**30
+PARTS = {".h.": "blocks", "wte": "token embeddings and head", "wpe": "position embeddings"}
 MEASURED = "one H200 reached in GPT-2 124M's step (bfloat16, compile, torch 2.11.0, 2026-11-22)"
 MFU = 0.447
 GPUS = ("H200", "H100", "A100", "RTX 4090")
@@ -35,12 +35,11 @@ class PlanConfig(TrainConfig):
 
 def count_parameters(model):
     """The parameters of a model, by part."""
-    parts = {"blocks": 0, "token embeddings and head": 0, "position embeddings": 0, "the rest": 0}
+    parts = {}
     for name, parameter in model.named_parameters():
-        words = name.split(".")
-        part = {"h": "blocks", "wte": "token embeddings and head", "wpe": "position embeddings"}
-        parts[part.get(words[min(1, len(words) - 1)], "the rest")] += parameter.numel()
-    return {name: count for name, count in parts.items() if count}
+        part = next((part for word, part in PARTS.items() if word in name), "the rest")
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
 
 
 def state_bytes(n):
@@ -89,8 +88,8 @@ def describe(c, model, data_tokens):
         f"{flops:,} FLOP per token, {tokens * flops:.2e} in all: 6 per weight, and for the products of attention",
         "6 x layers x channels x length",
         "",
-        f"the largest micro-batch that fits on a GPU, beside {state_bytes(n) / GIB:.1f} GiB of weights, gradients and",
-        "moments, in 16 bits and compiled (computed):",
+        f"the largest micro-batch that fits on a GPU, beside {state_bytes(n) / 2**30:.1f} GiB of weights, gradients",
+        "and moments, in 16 bits and compiled (computed):",
     ]
     lines += [f"  {f'{size} GB':36} {largest_micro_batch(c, n, ROOM * size * 1e9)}" for size in CARDS]
     keep = c.keep_checkpoints + 1  # a new one is written beside them

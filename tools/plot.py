@@ -5,9 +5,9 @@ Draw the curves of runs over the tokens they have seen, beside published results
     python -m tools.plot log other_log/log.txt --out both.png
     python -m tools.plot --size 124M --dataset fineweb-edu          # the published runs alone
 
-log.txt counts steps. The tokens of a step, the size of the model and its data come from config.json beside it, or from
-the flags. The loss has a wide panel with its last part enlarged, HellaSwag a second one; each other kind of record has
-a small one below. A run that started from other weights is not compared with the published ones.
+log.txt counts steps. The tokens of a step, the size of the model and its data come from config.json beside it. The loss
+has a wide panel with its last part enlarged, HellaSwag a second one; each other kind of record has a small one below. A
+run that started from other weights is not compared with the published ones.
 """
 
 import argparse
@@ -46,16 +46,15 @@ def settings_beside(log):
         return None, OTHER, OTHER
 
 
-def read_run(name, tokens_per_step, size, dataset):
-    """The run of a log.txt or log_dir; arguments that are None come from config.json."""
+def read_run(name, tokens_per_step):
+    """The run of a log.txt or log_dir. tokens_per_step: None for what its config.json says."""
     path = Path(expand(name))
     path = path / "log.txt" if os.path.isdir(path) else path
     run = SimpleNamespace(records=read_log(path), path=Path(os.path.realpath(path)))
     name = run.path.parent.name if path.name == "log.txt" else path.name
     run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # matplotlib gives _ and $ a meaning
-    given = (tokens_per_step, size, dataset)
-    found = settings_beside(run.path)
-    run.tokens_per_step, run.size, run.dataset = (f if g is None else g for g, f in zip(given, found, strict=True))
+    found, run.size, run.dataset = settings_beside(run.path)
+    run.tokens_per_step = found if tokens_per_step is None else tokens_per_step
     if not isinstance(run.tokens_per_step, int) or run.tokens_per_step < 1:
         raise UserError(
             f"{path} has no config.json of train_gpt2.py beside it that says how many tokens a step has: give "
@@ -199,16 +198,16 @@ def main(argv=None):
     parser.add_argument("logs", nargs="*", metavar="LOG", help="a log.txt, or the log_dir that holds one")
     parser.add_argument("--out", default="curve.png", help="a .png, .pdf or .svg file (default: %(default)s)")
     parser.add_argument("--tokens_per_step", type=int, help="of every LOG (default: from config.json beside it)")
-    parser.add_argument("--size", choices=[*SHAPES.values(), OTHER], help="of every LOG's model; likewise")
-    parser.add_argument("--dataset", choices=[*DATASETS, OTHER], help="of every LOG; likewise")
+    parser.add_argument("--size", choices=SHAPES.values(), help="without LOG: draw the published runs of this size")
+    parser.add_argument("--dataset", choices=[*DATASETS, OTHER], default=OTHER, help="of the published runs' losses")
     args = parser.parse_args(argv)
-    if not args.logs and args.size in (None, OTHER):
+    if not args.logs and not args.size:
         raise UserError("nothing to draw: give the log_dir of a run, or --size 124M --dataset fineweb-edu")
-    runs = [read_run(log, args.tokens_per_step, args.size, args.dataset) for log in args.logs]
+    runs = [read_run(log, args.tokens_per_step) for log in args.logs]
     for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
         run.name = str(run.path)
     kinds = {(run.size, run.dataset) for run in runs} or {(args.size, args.dataset)}
-    peers = [peer for kind in sorted(kinds, key=str) for peer in published(*kind)]
+    peers = [peer for kind in sorted(kinds) for peer in published(*kind)]
     draw(runs, peers, expand(args.out))
     say(f"drawn: {args.out}")
 

@@ -62,13 +62,13 @@ def read_weights(path):
         raise UserError(f"cannot read {path}: {describe(error)}") from None
 
 
-def named_as_ours(weights):
+def named_as_ours(weights, path):
     """The weights of a GPT-2 under GPT's names, in the shapes that they have; each of the tied matrices is enough."""
     ours = {}
     for name, weight in weights.items():
         name = name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer.")
         if not torch.is_tensor(weight):
-            raise UserError(f"these are no weights of a GPT-2: {name} is not a tensor but a {type(weight).__name__}")
+            raise UserError(f"{path} holds no GPT-2: {name} is not a tensor but of type {type(weight).__name__}")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
             ours[name] = weight.float()
     for name, other in (TIED, TIED[::-1]):
@@ -124,7 +124,7 @@ def read_folder(folder):
     weights = {name: weight for path in files for name, weight in read_weights(path).items()}
     config = read_config(folder / "config.json")
     check_tokenizer(folder)
-    return config, named_as_ours(weights)
+    return config, named_as_ours(weights, folder)
 
 
 def fetch_openai(name):

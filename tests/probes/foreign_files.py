@@ -4,6 +4,7 @@ python foreign_files.py FOLDER
 """
 
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def main(folder):
     save("letters.pt", {"model": letters, "model_args": {**args, "vocab_size": 65}})
     save("other.pt", {"model": {"weight": torch.ones(2)}})
     save("list.pt", [1, 2])
+    save("mixed.pt", {**weights, "step": 250})
+    with zipfile.ZipFile(folder / "zip.pt", "w") as file:
+        file.writestr("a", "b")
     (folder / "cut.pt").write_bytes((folder / "tutorial.pt").read_bytes()[:-1000])
     (folder / "cut.safetensors").write_bytes((folder / "headless.safetensors").read_bytes()[:-1000])
     (folder / "text.pt").write_text("no weights at all")
