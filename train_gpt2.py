@@ -32,11 +32,12 @@ import hellaswag
 from lib import config as configs
 from lib import device as devices
 from lib.console import Stopped, UserError, print0, report, run_as_command
-from lib.data.folder import count_tokens, open_shards
+from lib.data.folder import open_shards
 from lib.data.order import shuffle
 from lib.data.stream import TokenStream
 from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import fast_loss, fit_micro_batch, load, plan, published
+from lib.model import fast_loss, fit_micro_batch, load
+from lib.model.headline import headline
 from lib.optimizers import as_one
 from lib.run import Run, RunFolder, one_run, script_of, step_seed, time_text
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
@@ -89,9 +90,6 @@ class TrainConfig:
     activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
     max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
     collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to step 1 and at the end
-    plan: bool = False  # print what a run from scratch takes (parameters, memory, disk, hours, money) and exit
-    plan_speed: int = 0  # tokens/s of one GPU, for the hours of the plan; 0: computed for several GPUs
-    plan_price: float = 0.0  # of one GPU for an hour, in any currency; 0: the plan has no prices
 
 
 SMALL = dict(  # 2.5M, nearly all of it vocabulary: minutes on a laptop
@@ -568,7 +566,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
     gpu, peak_tflops = devices.name_and_peak(device)
-    print0(plan.headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
+    print0(headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
 
     # a checkpoint: of objects the state_dict, which a resume loads; run adds step, tokens, val_loss and the commit
     contents = {
@@ -594,8 +592,7 @@ def train(config, rank, local_rank, world_size, device, folder):
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, config.val_tokens // T, device, run.check_stop)
             run.record(val=val_loss)
-            comparison = published.compare(val_loss, run.tokens, model.config, data.facts)
-            run.say(f"val loss {val_loss:.4f}{comparison}")
+            run.say(f"val loss {val_loss:.4f}")
 
         # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
@@ -612,7 +609,7 @@ def train(config, rank, local_rank, world_size, device, folder):
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
-            folder.draw(published.flags(config.total_batch_size, model.config, data.facts), step == config.max_steps)
+            folder.draw(step == config.max_steps)
 
         # once in a while: save everything needed to continue from here
         if step > 0 and run.due(config.checkpoint_every):
@@ -636,7 +633,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         if (config.log_every and step % config.log_every == 0) or not finite:
             print0(step_line(step, config.max_steps, loss, lr, norm, finite, run.clock.last, speed, mfu))
         run.count(tokens, finite)
-    return run.finish(config, f"{world_size} x {gpu}", published.beside(model.config, data.facts), bool(hella))
+    return run.finish(config, f"{world_size} x {gpu}", bool(hella))
 
 
 def main(config):
@@ -646,9 +643,6 @@ def main(config):
     KeyboardInterrupt for Ctrl-C.
     """
     config = configs.check(config, max(1, torchrun_ranks()[2]), load.OPENAI_MODELS)
-    if config.plan:
-        print0(plan.describe(config, load.on_meta(GPT, GPTConfig.of(config)), count_tokens(config.data_dir)))
-        return {}
     folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
     with one_run(), process_group(config.device, config.collective_timeout) as ranks, folder:
         return train(config, *ranks, folder)

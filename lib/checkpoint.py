@@ -131,6 +131,12 @@ def list_checkpoints(log_dir):
     return sorted(paths, key=step_of)
 
 
+def newest_checkpoint(path):
+    """The newest checkpoint in a log_dir, by its name; any other path stays as it is."""
+    newest = list_checkpoints(path)[-1:] if os.path.isdir(path) else []
+    return str(newest[0]) if newest else path
+
+
 def remove(path):
     try:
         path.unlink()

@@ -31,8 +31,6 @@ RANGES = {
     **dict.fromkeys(("max_lr", "weight_decay", "grad_clip"), (0, 1e30)),
     "min_lr_ratio": (0, 1),
     "sample_temperature": (0, 100),
-    "plan_speed": (0, 2**63),
-    "plan_price": (0, 1e30),
     "keep_checkpoints": (2, 2**31),
     "seed": (0, 2**32 - 1),
     "max_nonfinite": (1, 2**31),
@@ -114,7 +112,8 @@ def parse(text, kind):
 
 def comments_of(dataclass):
     """The comment that stands beside each field in the source, by the field's name."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(dataclass), re.M))
+    source = "".join(inspect.getsource(kind) for kind in reversed(dataclass.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
 
 
 def parse_args(dataclass, presets, description, argv=None):

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.console import UserError, say
 
-# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, by words in the device's name
+# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, keyed by a part of the device's name
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125,
@@ -33,8 +33,9 @@ def peak_tflops(name):
 
 def default_device():
     """The type of the best device here."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cuda" if torch.cuda.is_available() else mps
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def check_device(name):
@@ -49,7 +50,9 @@ def choose_device(name, local_rank, in_group):
     """The device of a rank, by a type or "auto". Raises UserError if it is not available."""
     if name == "auto":
         name = default_device()
-        name = "cpu" if name == "mps" and in_group else name  # gloo cannot sum on an Apple GPU
+        name = "cpu" if name == "mps" and in_group else name
+    elif name == "mps" and in_group:
+        raise UserError("torchrun's ranks cannot use an Apple GPU, on which gloo cannot sum: use --device cpu")
     if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(name, torch.cpu).is_available() is False:
         raise UserError(f"device is {name}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
     return claim_gpu(local_rank) if name == "cuda" else torch.device(name)
@@ -60,11 +63,12 @@ def claim_gpu(local_rank):
     machine than it has GPUs.
 
     Unless the user has configured PyTorch's allocator, it is set to map memory page by page: with fixed segments, the
-    gaps between tensors add up to a third of GPT-2 124M's memory."""
+    gaps between tensors add up to a third of GPT-2 124M's memory.
+    """
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
     if ranks > gpus:
         raise UserError(
-            f"torchrun started {ranks} ranks on this machine, where torch sees {gpus} GPUs: give it --nproc_per_node="
+            f"torchrun started {ranks} ranks on this machine, but torch sees {gpus} GPUs: give it --nproc_per_node="
             f"{gpus}, and check nvidia-smi and CUDA_VISIBLE_DEVICES if there are more"
         )
     chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
@@ -76,9 +80,9 @@ def claim_gpu(local_rank):
 
 
 def compile_model(model, wanted, device):
-    """torch.compile(model) if wanted or, if that is None, on CUDA; else the model itself, as also, with a warning, on a
-    machine that cannot compile. The compiler is reset first: it is limited to a number of shapes, which all runs of a
-    process share."""
+    """torch.compile(model) if wanted or, if that is None, on CUDA; else the model itself. If this machine cannot
+    compile, a warning says so, and the model is returned as it is. The compiler is reset first: it is limited to a
+    number of shapes, which all runs of a process share."""
     if not (device.type == "cuda" if wanted is None else wanted):
         return model
     torch.compiler.reset()

@@ -1,15 +1,14 @@
 """The bench measures what it says: its rows compute the same, and it runs to its end. Its times are nobody's test."""
 
 import json
-import os
-import subprocess
-import sys
+from argparse import Namespace
 
 import pytest
 import torch
-from support import ROOT, TINY, run, write_shards
+from support import TINY
 
-from tools.ladder import CUDA_ONLY, LADDER, Trainer, measure
+from tools import bench
+from tools.bench import CUDA_ONLY, LADDER, Trainer, measure
 from train_gpt2 import TrainConfig
 
 
@@ -41,19 +40,8 @@ def test_every_row_computes_the_same_step():
 
 
 def test_the_command_writes_its_figures(tmp_path):
-    command = "-m tools.bench --steps 1 --batch 1 --json a.json --plot a.png"
-    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, check=True)
+    bench.main(Namespace(batch=1, steps=1, json=tmp_path / "a.json", plot=tmp_path / "a.png"))
     figures = json.loads((tmp_path / "a.json").read_text())
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert figures["ladder"][0]["row"] == "plain float32" and all(row["ms"] > 0 for row in figures["ladder"])
-    assert figures["hellaswag"]["agree"] == figures["hellaswag"]["items"] == 20
     assert figures["all_rows"]["largest_loss_difference"] < 1e-3
-
-
-def test_the_loader_bench_reads_cold_and_warm_on_one_rank_and_on_two(tmp_path):
-    write_shards(tmp_path, [100, 5000])
-    result = run("tools/bench_loader.py", *f"--data_dir {tmp_path} --ranks 2 --B 2 --T 32 --batches 4".split())
-    rows = [line.split(" | ")[:2] for line in result.stdout.splitlines()[-4:]]
-    assert rows == [[f"{ranks:5d}", cache] for ranks in (1, 2) for cache in ("cold", "warm")], result.stdout
-    empty = run("tools/bench_loader.py", "--data_dir", tmp_path / "none")
-    assert empty.returncode == 2 and "no *_train_*.npy shards" in empty.stdout

@@ -30,6 +30,11 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(local_rank, two_gpus, mo
     assert not two_gpus
 
 
+def test_an_apple_gpu_is_refused_under_torchrun():
+    with pytest.raises(UserError, match="use --device cpu"):
+        device.choose_device("mps", 0, in_group=True)
+
+
 def test_the_allocator_maps_pages_unless_the_user_has_configured_it(two_gpus, monkeypatch):
     assert device.claim_gpu(1) == torch.device("cuda:1") and two_gpus == [torch.device("cuda:1")]
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
@@ -56,8 +61,8 @@ def test_without_a_compiler_a_run_goes_on_uncompiled(tiny, tmp_path):
 
 
 def test_each_run_begins_with_a_fresh_compiler():
-    """Whatever was compiled before: as many shapes as the compiler takes are compiled for again."""
-    cpu, limit, compiled = torch.device("cpu"), torch._dynamo.config.recompile_limit, []
+    """Whatever was compiled before: the compiler, which by default gives up after 8 shapes, starts anew."""
+    cpu, compiled = torch.device("cpu"), []
 
     def backend(graph, inputs):
         compiled.append(graph)
@@ -69,7 +74,7 @@ def test_each_run_begins_with_a_fresh_compiler():
     original = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda f, **options: original(f, backend=backend, **options))
-        for n in range(1, limit + 3):
+        for n in range(1, 11):
             before = len(compiled)
             device.compile_model(module(), True, cpu)(torch.zeros(n, 2))
             assert len(compiled) - before == 2, n  # the trial kernel and the model

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support import ROOT, disk, environment, losses, run, write_shards
+from support import ROOT, disk, environment, losses, write_shards
 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, write_checkpoint
@@ -24,6 +24,7 @@ from lib.model.hugging_face import read_folder
 from lib.tokenizer import get_tokenizer
 from tools import export_hf
 from tools.export_hf import export, write_folder
+from tools.import_model import import_model
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
 
 
@@ -91,7 +92,7 @@ def tokenizers(folder, tmp_path_factory):
 HARD = st.text(st.sampled_from(list("aA1'stll  \n\t\r\u3000\u00a0.,!-_世界é🙂\u200d\u0301\x00\x1f\u202eａ٣𝕊")))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), HARD))
 @example(" can't we'll  I'M\n\n  x \t ")
 def test_token_ids_and_texts_equal_tiktokens(tokenizers, text):
@@ -120,20 +121,13 @@ def test_it_comes_back_bit_for_bit(folder, model):
 def test_a_run_starts_from_the_folder(folder, tmp_path):
     write_shards(tmp_path / "data", [1500, 5000])
     shape = dict(sequence_length=64, total_batch_size=256, micro_batch_size=4, max_steps=1, val_tokens=1000)
-    off = dict(hellaswag_every=0, sample_every=0, checkpoint_every=0, device="cpu", data_dir=str(tmp_path / "data"))
+    off = dict(hellaswag_every=0, sample_every=0, plot_every=0, checkpoint_every=0, device="cpu")
     for name, start in (("export", folder), ("checkpoint", folder.parent / "model_00012.pt")):
-        train_gpt2.main(TrainConfig(init_from=str(start), log_dir=str(tmp_path / name), **shape, **off))
+        folders = dict(data_dir=str(tmp_path / "data"), log_dir=str(tmp_path / name))
+        train_gpt2.main(TrainConfig(init_from=str(start), **folders, **shape, **off))
     # the 47 rows that pad the vocabulary take part in the loss: 0.1% of it all
     export, checkpoint = (losses(tmp_path / name, "val")[0] for name in ("export", "checkpoint"))
     assert export == pytest.approx(checkpoint, abs=0.01)
-
-
-def test_an_empty_folder_that_is_there_stays_the_same_one(checkpoint, folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    before = (tmp_path / "empty").stat().st_ino
-    export(str(checkpoint), str(tmp_path / "empty"))
-    assert (tmp_path / "empty").stat().st_ino == before and len(list(tmp_path.iterdir())) == 1
-    assert sorted(os.listdir(tmp_path / "empty")) == sorted(os.listdir(folder))
 
 
 def test_a_mount_point_can_be_exported_to(checkpoint, folder, tmp_path):
@@ -214,13 +208,51 @@ def test_another_model_is_refused(folder, tmp_path, changes, message):
         load_model(str(copy_with(folder, tmp_path / "other", **changes)))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"[]", None])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_damaged_files_are_named(folder, tmp_path, name, content):
+def test_damaged_files_are_named(folder, tmp_path, name):
     path = copy_with(folder, tmp_path / "damaged") / name
-    path.write_bytes(content or path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot load .*damaged/"):
-        load_model(str(path.parent))
+    for content in (b"", bytes(100), b"[]", path.read_bytes()[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot read .*damaged/{name}: "):
+            load_model(str(path.parent))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_weights_for_another_tokenizer_are_refused_by_name(folder, tmp_path, name):
+    target = copy_with(folder, tmp_path / "german")
+    shutil.copy(folder / name, target)
+    load_model(str(target))
+    contents = json.loads((target / name).read_text())
+    vocab = contents["model"]["vocab"] if name == "tokenizer.json" else contents
+    vocab["the"], vocab["\u0120the"] = vocab["\u0120the"], vocab["the"]
+    (target / name).write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=f"{name} is not GPT-2's tokenizer: 2 of its 50,257 tokens .* '\u0120the'"):
+        load_model(str(target))
+    with pytest.raises(UserError, match=f"{name} is not GPT-2's tokenizer"):
+        import_model(target / "model.safetensors", tmp_path / "out")
+
+
+def test_weights_in_other_files_load_or_say_what_helps(folder, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    wte = weights.pop("transformer.wte.weight")
+    target = copy_with(folder, tmp_path / "other")
+    save_file({**weights, "lm_head.weight": wte}, target / "model.safetensors")  # as save_model leaves a tied pair
+    assert torch.equal(load_model(str(target)).transformer.wte.weight, wte)
+    (target / "model.safetensors").unlink()
+    save_file(weights, target / "model-00001-of-00002.safetensors")
+    save_file({"transformer.wte.weight": wte}, target / "model-00002-of-00002.safetensors")
+    assert torch.equal(load_model(str(target)).transformer.wte.weight, wte)
+    for path in target.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match="it has no weights"):
+        load_model(str(target))
+    (target / "tf_model.h5").write_bytes(b"\x89HDF")
+    with pytest.raises(UserError, match=r"tf_model.h5 .* convert it with transformers 4"):
+        load_model(str(target))
+    torch.save({**weights, "transformer.wte.weight": wte}, target / "pytorch_model.bin")
+    assert torch.equal(load_model(str(target)).lm_head.weight, wte)
 
 
 def test_openais_own_files_are_read(folder, tmp_path):
@@ -231,7 +263,7 @@ def test_openais_own_files_are_read(folder, tmp_path):
     weights = load_file(target / "model.safetensors")
     theirs = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     save_file({**theirs, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, target / "model.safetensors")
-    a, b = (read_folder(path)["model"] for path in (folder, target))
+    a, b = (read_folder(path)[1] for path in (folder, target))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -261,12 +293,10 @@ def test_an_export_that_computes_something_else_is_refused(checkpoint, tmp_path)
     text, count = re.subn(r'F\.gelu\((.*), approximate="tanh"\)', r"F.relu(\1)", text)
     assert count == 1
     (code / "train_gpt2.py").write_text(text)
-    command = [sys.executable, "-m", "tools.export_hf", checkpoint, tmp_path / "out"]
-    result = subprocess.run(command, cwd=code, env=environment(PYTHONPATH=str(code)), capture_output=True, text=True)
+    command = [sys.executable, code / "tools" / "export_hf.py", checkpoint, tmp_path / "out"]
+    result = subprocess.run(command, env=environment(PYTHONPATH=""), capture_output=True, text=True)
     assert result.returncode == 2, result.stdout
-    found = re.fullmatch(
-        r"error: transformers' logits .* differ from this code's by up to (\S+), where 0\.001 .*\n", result.stderr
-    )
+    found = re.search(r"^error: transformers' logits .* differ from this code's by up to (\S+);", result.stderr, re.M)
     assert found and float(found[1]) > 0.01, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code"]
 
@@ -314,18 +344,8 @@ def test_the_model_card_says_that_the_code_was_edited(checkpoint):
     assert "trained with train_gpt2.py at commit abc123 with uncommitted changes." in card
 
 
-def test_a_folder_in_place_of_a_checkpoint_is_refused(checkpoint, folder, tmp_path):
-    with pytest.raises(UserError, match=r"exported is exported already: copy it"):
+def test_a_log_dir_is_its_newest_checkpoint_and_any_other_folder_is_refused(checkpoint, folder, tmp_path):
+    with pytest.raises(UserError, match="exported is a folder without checkpoints"):
         export(folder, tmp_path / "out")
-    with pytest.raises(UserError, match=r"is a folder: give a checkpoint in it, as model_00440\.pt"):
-        export(checkpoint.parent, tmp_path / "out")
-
-
-def test_the_program_needs_no_transformers(checkpoint, tmp_path):
-    (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
-    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    result = run("tools/export_hf.py", checkpoint, tmp_path / "out", env=env)
-    assert result.returncode == 0 and "model.safetensors" in result.stdout, result.stdout
-    assert "not compared with transformers" in result.stdout
-    result = run("tools/export_hf.py", checkpoint, tmp_path / "out", env=env)
-    assert result.returncode == 2 and result.stdout.startswith("error: ") and "delete it" in result.stdout
+    export(checkpoint.parent, tmp_path / "out")  # a log_dir: its newest checkpoint
+    assert (tmp_path / "out" / "config.json").exists()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from support import run
 
-from lib import checkpoint
-from lib.tokenizer import get_tokenizer
+from lib.checkpoint import write_checkpoint
+from tools.export_hf import export
 from train_gpt2 import GPT, GPTConfig
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs pip install lm-eval[hf]")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 TASK = """
@@ -41,55 +41,17 @@ def wikihow_items(count):
         }  # fmt: skip
 
 
-def bytes_to_unicode():
-    """GPT-2's way to write any byte as a printable character: the unprintable ones are moved to 256 and above."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(moved)}}
-
-
-def save_tokenizer(folder):
-    """Our ranks as Hugging Face's vocab.json and merges.txt: a token was made by joining its two parts when all joins
-    of a lower rank were done."""
-    ranks, letters = get_tokenizer()._mergeable_ranks, bytes_to_unicode()
-
-    def written(token):
-        return "".join(letters[byte] for byte in token)
-
-    def parts(token):
-        pieces = [token[i : i + 1] for i in range(len(token))]
-        while len(pieces) > 2:
-            i = min(range(len(pieces) - 1), key=lambda i: ranks.get(pieces[i] + pieces[i + 1], 1 << 30))
-            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-        return pieces
-
-    merges = [" ".join(map(written, parts(token))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    vocabulary = {written(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    transformers.GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-
-
 def save_both(folder):
-    """A model with weights large enough to have opinions, as our checkpoint and in Hugging Face's format."""
+    """A model with weights large enough to have opinions, as our checkpoint and exported in Hugging Face's layout."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    (folder / "log").mkdir()
-    c = model.config
-    contents = {"model": model.state_dict(), "config": vars(c), "train_config": {}, "step": 0}
-    checkpoint.save_checkpoint(folder / "log", contents, keep=2)
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=50257, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                n_head=c.n_head))  # fmt: skip
-    weights = model.state_dict()
-    for key, weight in theirs.state_dict().items():
-        is_convolution = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        weight.copy_(weights[key].t() if is_convolution else weights[key][: len(weight)])
-    theirs.save_pretrained(folder / "hf")
-    return folder / "log" / "model_00000.pt", folder / "hf"
+    contents = {"model": model.state_dict(), "optimizer": {}, "config": vars(model.config), "train_config": {}}
+    write_checkpoint(folder / "model_00000.pt", {**contents, "step": 0})
+    export(folder / "model_00000.pt", folder / "hf")
+    return folder / "model_00000.pt", folder / "hf"
 
 
 def lm_eval_choices(model, items, folder):
@@ -118,7 +80,6 @@ def test_the_harness_style_chooses_as_lm_eval_does(tmp_path, monkeypatch):
     items = tmp_path / "items.jsonl"
     items.write_text("".join(json.dumps(item) + "\n" for item in wikihow_items(60)))
     ours, theirs = save_both(tmp_path)
-    save_tokenizer(theirs)
     expected, results = lm_eval_choices(theirs, items, tmp_path)
     result = run("hellaswag.py", "-m", ours, "-d", "cpu", "--data", items, "--style", "harness", "--json",
                  tmp_path / "scores.json")  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import PROBES, ROOT, losses, run, write_shards
+from support import PROBES, ROOT, losses, run, run_warm, write_shards
 
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError
@@ -42,7 +42,7 @@ def logits_of(model):
 
 
 NO_HEADS = ["bare.pt", "legacy.pt", "half.pt", "hugging_face.pt", "hugging_face.safetensors", "headless.safetensors"]
-WITH_HEADS = ["tutorial.pt", "nanogpt.pt", "nanogpt_no_bias.pt", "ddp.pt", *(f"llm_c_{v}.bin" for v in (1, 3, 5))]
+WITH_HEADS = ["tutorial.pt", "nanogpt.pt", "nanogpt_no_bias.pt", "ddp.pt"]
 
 
 @pytest.mark.parametrize("name", NO_HEADS + WITH_HEADS)
@@ -51,41 +51,43 @@ def test_an_imported_model_computes_the_same(name, files, tmp_path):
     back = load_model(str(tmp_path / "out"))
     assert (back.config.n_head, back.config.block_size, back.config.vocab_size) == (4, 16, 50257)
     difference = (logits_of(back) - logits_of(foreign_files.model(bias="no_bias" not in name))).abs().max()
-    assert difference < {"half.pt": 0.02, "llm_c_5.bin": 0.2}.get(name, 1e-5)
+    assert difference < (0.02 if name == "half.pt" else 1e-5)
 
 
 @pytest.mark.parametrize("name", NO_HEADS)
 def test_the_number_of_heads_is_never_guessed(name, files, tmp_path):
-    with pytest.raises(UserError, match=f"{name}: it does not say how many attention heads .* give --n_head"):
+    with pytest.raises(UserError, match=f"{name} does not say how many heads .* give --n_head"):
         import_model(files / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 REFUSED = {
-    "whole.pt": "loading it would run code: __main__.GPT. To import it, in the program that made it, save plain data",
+    "whole.pt": "loading it would run code: __main__.GPT. Save plain data in the program that made it",
     "untied.pt": "lm_head.weight and transformer.wte.weight differ, but this code ties them",
     "relu.pt": "fields that this code does not know.* activation='relu'",
     "relu_dict.pt": "fields that this code does not know.* activation='relu'",
     "relu_flag.pt": "fields that this code does not know.* use_relu=True",
     "relu_flag_dict.pt": "fields that this code does not know.* use_relu=True",
-    "contradiction.pt": "its config has n_layer 3, its weights have 2",
-    "odd_heads.pt": "n_head is 3: it must divide n_embd, which is 16",
+    "contradiction.pt": "has n_layer 3, not 2",
+    "odd_heads.pt": "16 channels for 3 heads",
     "rotary.pt": "no matrix transformer.wpe.weight",
     "extra.pt": r"transformer.h.0.ln_3.weight",
     "lost_bias.pt": r"transformer.h.1.ln_1.bias",
     "letters.pt": "has a vocabulary of 65 ids",
-    "other.pt": "holds no weights of a GPT-2",
+    "other.pt": "no matrix transformer.wte.weight",
     "list.pt": "holds a list, not a dict with weights",
-    "cut.pt": "truncated, damaged, or of an unknown kind",
-    "cut.safetensors": "truncated, damaged, or of an unknown kind",
-    "text.pt": "truncated, damaged, or of an unknown kind",
-    "empty.pt": "truncated, damaged, or of an unknown kind",
-    "cut.bin": r"has 3,247,868 bytes, not the 3,247,872 that its header implies",
-    "version.bin": "not of version 1, 3 or 5, which can be read",
-    "state.bin": "with the optimizer's state, not with a model",
-    "shard.bin": "with tokens, not with a model",
+    "mixed.pt": "step is not a tensor but of type int",
+    "zip.pt": "cannot read .*: RuntimeError",
+    "diverged.pt": "transformer.h.1.mlp.c_fc.bias has NaN or infinite values",
+    "cut.pt": "cannot read .*cut.pt: RuntimeError",
+    "cut.safetensors": "cannot read .*: SafetensorError",
+    "text.pt": "cannot read .*: UnpicklingError: Unsupported operand",
+    "empty.pt": "cannot read .*: EOFError",
+    "weights.gguf": "convert it with transformers, then",
+    "tf_model.h5": "convert it with transformers 4, then",
+    "model.safetensors.index.json": "give the folder that it lies in",
     "nowhere.pt": "No such file",
-    "": "is a folder: give a file in it",
+    "": "Is a directory",
 }
 
 
@@ -121,7 +123,7 @@ def test_the_config_beside_a_download_says_its_heads_or_that_it_is_another_model
     for name in ("model.safetensors", "pytorch_model.bin"):
         import_model(tmp_path / name, tmp_path / f"from {name}")
         assert load_model(str(tmp_path / f"from {name}")).config.n_head == 4
-        with pytest.raises(UserError, match="its config has n_head 4, not 2: leave out --n_head"):
+        with pytest.raises(UserError, match="the config of .* has n_head 4, not 2"):
             import_model(tmp_path / name, tmp_path / "out", 2)
     (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
     with pytest.raises(UserError, match="activation_function relu, not gelu_new"):
@@ -130,21 +132,16 @@ def test_the_config_beside_a_download_says_its_heads_or_that_it_is_another_model
 
 def test_the_program_says_what_differs_and_the_folder_goes_where_a_checkpoint_does(files, tmp_path):
     folder = tmp_path / "out"
-    result = run("tools/import_model.py", files / "nanogpt_no_bias.pt", folder, env={"PYTHONPATH": str(ROOT)})
+    result = run_warm("tools/import_model.py", files / "nanogpt_no_bias.pt", folder)
     assert result.returncode == 0, result.stdout
-    for part in ("not imported: optimizer, config", "exact GELU", "13 biases that the model does not have are zeros",
-                 "47 rows of its embedding", "compared with transformers: the same logits on 16 tokens"):  # fmt: skip
+    for part in ("not imported: optimizer, iter_num, best_val_loss, config", "exact GELU", "they are zeros",
+                 "47 rows of the embedding", "compared with transformers: the same logits on 16 tokens"):  # fmt: skip
         assert part in result.stdout, result.stdout
     card = (folder / "README.md").read_text()
-    for part in (
-        "imported from a file of another program",
-        "| file | nanogpt_no_bias.pt |",
-        "| best_val_loss | 3.25 |",
-    ):
-        assert part in card
+    assert "imported from a file of another program" in card and "| file | nanogpt_no_bias.pt |" in card
     write_shards(tmp_path / "data", [1500, 5000])
     shape = dict(sequence_length=16, total_batch_size=64, micro_batch_size=4, max_steps=1, val_tokens=500, device="cpu")
-    off = dict(hellaswag_every=0, sample_every=0, checkpoint_every=0, data_dir=str(tmp_path / "data"))
+    off = dict(hellaswag_every=0, sample_every=0, plot_every=0, checkpoint_every=0, data_dir=str(tmp_path / "data"))
     main(TrainConfig(init_from=str(folder), log_dir=str(tmp_path / "log"), **shape, **off))
     assert losses(tmp_path / "log", "val")[0] > 0
 

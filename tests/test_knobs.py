@@ -14,7 +14,7 @@ from lib.model.load import OPENAI_MODELS
 from train_gpt2 import TrainConfig, main, parse_args
 
 
-@pytest.mark.parametrize("name", ["compile", "activation_checkpointing", "plan"])
+@pytest.mark.parametrize("name", ["compile", "activation_checkpointing"])
 @pytest.mark.parametrize(
     "flags, value",
     [

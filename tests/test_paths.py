@@ -57,7 +57,7 @@ def uses(tiny, checkpoint):
         "log_dir": lambda path: main(tiny(log_dir=str(path))),
         "init_from": lambda path: main(tiny(log_dir="never", init_from=str(path))),
         "load_model": load_model,
-        "sample": lambda path: sample.load(str(path), "cpu"),
+        "sample": lambda path: sample.model_to_sample(str(path), "cpu"),
         "prompt": lambda path: sample.read_prompt(f"FILE:{path}"),
         "plot": lambda path: plot.main([str(path)]),
         "plot --out": lambda path: plot.main(["--size=124M", "--dataset=fineweb-edu", "--out", str(path)]),

@@ -1,11 +1,11 @@
 """The plan says what a run then takes."""
 
 import pytest
-from support import load, losses, run
+from support import load, losses, run_warm
 
 from lib.device import peak_tflops
-from lib.model import plan
 from lib.model.load import on_meta
+from tools import plan
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, main
 
 
@@ -46,10 +46,14 @@ def test_memory_is_what_an_h200_took(sequences, measured):
     assert memory / 2**30 == pytest.approx(measured, rel=0.03)
 
 
-def test_the_command_prints_it_and_writes_nothing(tmp_path):
-    result = run("train_gpt2.py", "--preset=gpt2-xl", "--plan", "--plan_speed=40000", cwd=tmp_path)
-    assert result.returncode == 0 and "1,557,686,400" in result.stdout and "138.9" in result.stdout, result.stdout
+def test_the_command_prints_it_with_any_setting_and_writes_nothing(tmp_path):
+    flags = ["--preset=gpt2-xl", "--speed=40000", "--price=2.5", f"--data_dir={tmp_path}", "--max_steps=9536"]
+    result = run_warm("tools/plan.py", *flags)
+    assert result.returncode == 0, result.stdout
+    assert "1,557,686,400" in result.stdout and "69.4 hours, 173.60 at 2.5 per hour" in result.stdout, result.stdout
     assert not list(tmp_path.iterdir())
+    result = run_warm("tools/plan.py", "--price=-1")
+    assert result.returncode == 2 and "both must be 0 or more" in result.stdout, result.stdout
 
 
 def test_a_run_begins_with_its_plan_in_a_line(tiny, tmp_path, capsys):

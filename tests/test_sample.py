@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +122,7 @@ def arguments(model, **overrides):
 
 
 def test_the_program_prints_what_generate_gives(checkpoint, capsys):
-    sample.run(arguments(checkpoint, num_samples=2, max_new_tokens=40))
+    sample.print_samples(arguments(checkpoint, num_samples=2, max_new_tokens=40))
     generator = torch.Generator().manual_seed(1)
     idx = torch.tensor([get_tokenizer().encode_ordinary("The water")])
     rows = [generate(random_model(50304), idx, 40, generator=generator)[0].tolist() for _ in range(2)]
@@ -144,7 +146,7 @@ def test_characters_come_whole_and_the_text_ends_at_its_end(checkpoint, monkeypa
     monkeypatch.setattr(sample, "stream", lambda *args: (torch.tensor([[i]]) for i in ids))
     pieces = []
     monkeypatch.setattr(sample, "write", pieces.append)
-    sample.run(arguments(checkpoint))
+    sample.print_samples(arguments(checkpoint))
     assert "".join(pieces) == f"The water{text}\ufffd\n"  # the half of a character at the end is shown as such
     assert sum(map(bool, pieces)) > 7 and not any("\ufffd" in piece for piece in pieces[:-1])
 
@@ -153,14 +155,14 @@ def test_prompts_from_files_and_standard_input(checkpoint, tmp_path, monkeypatch
     (tmp_path / "p.txt").write_bytes("Zürich\n\n".encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"FILE: is text here\n")))
     for prompt, expected in ((f"FILE:{tmp_path / 'p.txt'}", "Zürich\n"), (None, "FILE: is text here"), ("", "")):
-        sample.run(arguments(checkpoint, prompt=prompt, max_new_tokens=0))
+        sample.print_samples(arguments(checkpoint, prompt=prompt, max_new_tokens=0))
         assert capsys.readouterr().out == expected + "\n"
 
 
 def test_of_a_long_prompt_the_end_is_used(checkpoint, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "stream", lambda model, idx, *args: seen.append(idx) or stream(model, idx, *args))
-    sample.run(arguments(checkpoint, prompt="one two three four five six " * 20))
+    sample.print_samples(arguments(checkpoint, prompt="one two three four five six " * 20))
     assert "the prompt has 121 tokens, the model sees only the last 24" in capsys.readouterr().err
     assert seen[0].tolist() == [get_tokenizer().encode_ordinary("one two three four five six " * 20)[-24:]]
 
@@ -174,7 +176,7 @@ REFUSALS = {
     "no device 'gpu' here": {"device": "gpu"},
     "Name another file": {"prompt": "FILE:nowhere"},
     "not UTF-8 text": {"prompt": "a\udcff"},
-    "is not a checkpoint, an exported folder": {"model": "nowhere"},
+    "is not a checkpoint, a log_dir, an exported folder": {"model": "nowhere"},
     "was not written by this trainer": {"model": str(ROOT / "README.md")},
     "config.json": {"model": str(ROOT / "lib")},
 }
@@ -183,7 +185,7 @@ REFUSALS = {
 @pytest.mark.parametrize("message", REFUSALS)
 def test_refusals_name_the_remedy(message, checkpoint):
     with pytest.raises(UserError, match=message):
-        sample.run(Namespace(**{**vars(arguments(checkpoint)), **REFUSALS[message]}))
+        sample.print_samples(Namespace(**{**vars(arguments(checkpoint)), **REFUSALS[message]}))
 
 
 def test_a_model_without_the_whole_vocabulary_is_refused(tmp_path, checkpoint):
@@ -191,27 +193,58 @@ def test_a_model_without_the_whole_vocabulary_is_refused(tmp_path, checkpoint):
     write_checkpoint(tmp_path / "model_00003.pt", contents)
     write_items(tmp_path / "items.jsonl", 2)
     with pytest.raises(UserError, match="has a vocabulary of 1000 ids"):
-        sample.run(arguments(str(tmp_path / "model_00003.pt")))
+        sample.print_samples(arguments(str(tmp_path / "model_00003.pt")))
     with pytest.raises(UserError, match="has a vocabulary of 1000 ids"):
         hellaswag.run(tmp_path / "model_00003.pt", "cpu", tmp_path / "items.jsonl", None)
 
 
-@pytest.mark.parametrize("end", ["Ctrl-C", "closed pipe", "bad input"])
-def test_the_program_ends_without_a_traceback(end, checkpoint):
-    flags = ["--prompt", "x", "--max_new_tokens", "1000000", "--top_k", "-1" if end == "bad input" else "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.sample", checkpoint, *flags], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    if end != "bad input":
+def test_a_log_dir_stands_for_its_newest_checkpoint(checkpoint, tmp_path, capsys):
+    for step in (99999, 100000):
+        shutil.copy(checkpoint, tmp_path / f"model_{step:05d}.pt")
+    (tmp_path / "model_99999.pt").write_bytes(b"damaged")
+    (tmp_path / "config.json").write_text("{}")  # of the run
+    sample.print_samples(arguments(str(tmp_path)))
+    assert capsys.readouterr().out.startswith("The water")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, tmp_path):
+    contents = torch.load(checkpoint)
+    contents["model"]["transformer.h.1.ln_2.bias"][0] = float("inf")
+    write_checkpoint(tmp_path / "model_00003.pt", contents)
+    with pytest.raises(UserError, match=r"model_00003.pt: transformer.h.1.ln_2.bias has NaN or infinite values"):
+        sample.print_samples(arguments(str(tmp_path / "model_00003.pt")))
+
+
+def test_the_program_ends_quietly_after_ctrl_c_and_a_closed_pipe(checkpoint):
+    for how in ("Ctrl-C", "closed pipe"):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tools" / "sample.py", checkpoint, "--prompt=x", "--max_new_tokens=1000000"],
+            env=environment(PYTHONPATH=""), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         assert os.read(process.stdout.fileno(), 1) == b"x"
-    if end == "Ctrl-C":
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-    process.stdout.close()
-    errors = process.stderr.read().decode()
-    process.stderr.close()
-    expected = {"Ctrl-C": (-signal.SIGINT, "\n"), "closed pipe": (-signal.SIGPIPE, "")}
-    found = process.wait(timeout=60), errors
-    assert found == expected.get(end, (2, "error: top_k is -1: it must be from 0 to 50257\n"))
+        if how == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+        process.stderr.close()
+        expected = {"Ctrl-C": (-signal.SIGINT, "\n"), "closed pipe": (-signal.SIGPIPE, "")}
+        assert (process.wait(timeout=60), errors) == expected[how]
+
+
+@pytest.mark.parametrize(
+    "redirect, message",
+    [(">/dev/full", "cannot write to standard output: .*No space left"), (">&-", "standard output is closed"),
+     ("<&-", "standard input is closed: give --prompt")],
+)  # fmt: skip
+def test_lost_streams_are_one_line(redirect, message, checkpoint):
+    prompt = "" if redirect == "<&-" else "--prompt=x"
+    command = f"{sys.executable} -m tools.sample {checkpoint} {prompt} {redirect}"
+    result = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and re.fullmatch(f"error: {message}.*\n", result.stderr), result.stderr
+
+
+def test_half_a_character_typed_is_no_error(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\n"), encoding="utf-8"))
+    assert list(sample.ask()) == ["caf\ufffd"]

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from support import at_step, losses, terminate, write_shards
+from support import at_step, losses, terminate
 
 from lib.console import Stopped
 from train_gpt2 import TrainConfig, main, parse_args
@@ -33,34 +33,6 @@ def test_a_resumed_run_counts_its_time_and_shows_each_sample_once(tiny, tmp_path
     page = (tmp_path / "log" / "summary.md").read_text()
     assert len(re.findall(r"^\d+ sample .The", page, re.M)) == 9 and "since step" not in page and "in 20 steps" in page
     assert "seconds" not in losses(tmp_path / "log", "train")
-
-
-def test_a_model_of_a_published_size_is_shown_beside_the_published(tmp_path, monkeypatch, capsys):
-    import lib.model.published as published
-
-    monkeypatch.setitem(published.SIZES, (1, 8), "124M")
-    write_shards(tmp_path / "data", [1500, 5000], name="edufineweb")
-    flags = [
-        "--n_layer=1",
-        "--n_head=1",
-        "--n_embd=8",
-        "--vocab_size=512",
-        "--sequence_length=32",
-        "--total_batch_size=128",
-    ]
-    flags += [
-        "--micro_batch_size=4",
-        "--max_steps=4",
-        "--warmup_steps=1",
-        "--val_every=4",
-        "--val_tokens=64",
-        "--sample_every=0",
-    ]
-    flags += ["--hellaswag_every=0", "--plot_every=0", "--checkpoint_every=0", "--device=cpu"]
-    main(parse_args([*flags, f"--data_dir={tmp_path / 'data'}", f"--log_dir={tmp_path / 'log'}"]))
-    for text in (capsys.readouterr().out, (tmp_path / "log" / "summary.md").read_text()):
-        assert re.search(r"OpenAI GPT-2 124M.*HellaSwag 0.2945", text), text
-        assert re.search(r"GPT2-From-Scratch 124M.*validation loss 3.26", text), text
 
 
 def test_the_preset_for_own_text_differs_from_the_demo_in_its_text_alone():

@@ -2,31 +2,37 @@
 Export a checkpoint to a folder in Hugging Face's layout, which transformers, llama.cpp and the hub read.
 
     python -m tools.export_hf log/model_19073.pt my_gpt2
+    python -m tools.export_hf log my_gpt2                   # the newest checkpoint in log/
 
-Needs safetensors: pip install safetensors. The folder has OpenAI's 50257 tokens, without the padding rows of the
-vocabulary, and can be used like a checkpoint: --init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m
-tools.sample my_gpt2. If transformers is installed, its logits must equal this code's, or no folder is written.
+The folder has OpenAI's 50257 tokens, without the padding rows of the vocabulary, and can be used like a checkpoint:
+--init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m tools.sample my_gpt2. If transformers is installed, its
+logits must equal this code's, or no folder is written.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from lib.checkpoint import load_checkpoint
+sys.path.append(str(Path(__file__).parent.parent))  # python tools/export_hf.py works, too
+from lib.checkpoint import load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import read_manifest
 from lib.files import expand, list_folder
-from lib.model.hugging_face import CONFIG, to_theirs, vocabulary
-from lib.model.load import check_vocabulary, rebuild
-from lib.tokenizer import EOT
+from lib.model.hugging_face import CONFIG, FIXED, transposed, vocabulary
+from lib.model.load import check_finite, check_vocabulary, rebuild
+from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
+LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")  # of a block
+DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # the default in transformers is 0.1, in training
 TOLERANCE = 1e-3  # of logits in float32; GPT-2's are around 100 in size
 
 CARD = """---
@@ -55,9 +61,46 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50, do_sample=True, 
 """
 
 
+def to_theirs(config, weights):
+    """Our config and weights (dicts) as theirs, without the padding rows of the vocabulary and without the head, which
+    is the embedding. Raises UserError if the weights are not those of a GPT-2."""
+    layers = ["ln_f", *(f"h.{i}.{layer}" for i in range(config["n_layer"]) for layer in LAYERS)]
+    expected = {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    expected |= {f"transformer.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    if strange := sorted(weights.keys() ^ expected):
+        raise UserError(f"the model is no longer GPT-2: additional or missing weights, {', '.join(strange[:3])}")
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise UserError("the model is no longer GPT-2: its head, lm_head.weight, differs from its embedding")
+    theirs = {their: config[our] for our, their in CONFIG.items()}
+    theirs |= {"vocab_size": VOCAB_SIZE, "bos_token_id": EOT, "eos_token_id": EOT, **FIXED, **DROPOUT}
+    theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    theirs["n_ctx"] = theirs["n_positions"]  # its old name, which llama.cpp reads
+    weights = {name: transposed(name, weight) for name, weight in weights.items() if name != "lm_head.weight"}
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:VOCAB_SIZE]
+    return theirs, {name: weight.contiguous() for name, weight in weights.items()}
+
+
+def two_parts(token, ranks):
+    """The two tokens that were merged into this one (bytes), found by applying the merges of lower ranks."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, EOT) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def merges_of(vocab):
+    """The merges of OpenAI's merges.txt, in their order."""
+    tokens = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
+    texts = dict(zip(tokens, vocab, strict=False))
+    return [" ".join(texts[part] for part in two_parts(token, tokens)) for token in tokens if len(token) > 1]
+
+
 def write_tokenizer(folder, context):
     """OpenAI's vocab.json and merges.txt, byte for byte, and tokenizer.json, which newer programs read."""
-    vocab, merges = vocabulary()
+    vocab = vocabulary()
+    merges = merges_of(vocab)
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"id": EOT, "content": "<|endoftext|>", "special": True, "normalized": False}
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
@@ -108,7 +151,7 @@ def render_card(config, parameters, origin, facts, datasets=""):
 
 
 @torch.no_grad()
-def compare(folder, model):
+def compare_logits(folder, model):
     """Raise UserError if the logits of transformers from the folder differ from this code's from the model."""
     try:
         from transformers import GPT2LMHeadModel
@@ -122,21 +165,17 @@ def compare(folder, model):
             ) from None
         say("not compared with transformers, which is not installed: make sure that the model is still GPT-2")
         return
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
-    finally:
-        logging.set_verbosity(verbosity)
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     T = model.config.block_size  # all positions: a change of the model may affect only the far ones
     idx = torch.randint(EOT + 1, (1, T), generator=torch.Generator().manual_seed(0))
     ours, theirs = model.eval()(idx)[0][..., : EOT + 1], theirs(idx).logits
     difference = (ours - theirs).abs().max().item()
-    if not difference <= TOLERANCE:  # so that NaN is refused, too
+    if not difference <= TOLERANCE:  # also rejects NaN
         raise UserError(
-            f"transformers' logits from the export differ from this code's by up to {difference:.3g}, where "
-            f"{TOLERANCE} is allowed. Hugging Face's layout cannot express how the model was changed: share the "
+            f"transformers' logits from the export differ from this code's by up to {difference:.3g}; {TOLERANCE} is "
+            "allowed. Hugging Face's layout cannot express how the model was changed: share the "
             "checkpoint and its code"
         )
     say(f"compared with transformers: the same logits on {T:,} tokens, within {difference:.1e}")
@@ -145,16 +184,13 @@ def compare(folder, model):
 def write_folder(folder, model, card):
     """Write the folder of a model, a GPT; card: a function of the number of parameters that returns its README.md.
 
-    It appears complete or not at all. An existing empty folder is filled, not replaced: it may be a mount.
+    The files appear complete, config.json last, or not at all. The folder may be a mount, which cannot be replaced.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("the export needs safetensors: pip install safetensors") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     config, weights = to_theirs(asdict(model.config), model.state_dict())
-    inside = os.path.exists(folder)
-    unfinished = (folder if inside else folder.parent) / f"{folder.name}.{os.getpid()}.tmp"
+    unfinished = folder / "unfinished"
     try:
         unfinished.mkdir(parents=True)
         write_json(unfinished / "config.json", config, indent=2)
@@ -164,16 +200,15 @@ def write_folder(folder, model, card):
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which save_file makes private
         text = card(sum(weight.numel() for weight in weights.values()))
         (unfinished / "README.md").write_text(text, encoding="utf-8", newline="\n")
-        compare(unfinished, model)
-        if inside:
-            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # the last one
-                os.replace(file, folder / file.name)
-        else:
-            os.replace(unfinished, folder)
+        compare_logits(unfinished, model)
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}. Fix that, or name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
@@ -186,16 +221,14 @@ def new_folder(name):
 
 
 def export(path, folder):
-    path, folder = Path(expand(path)), new_folder(folder)
+    path = Path(newest_checkpoint(expand(path)))
+    folder = new_folder(folder)
     if os.path.isdir(path):
-        is_export = os.path.exists(path / "config.json")
-        what = (
-            "is exported already: copy it" if is_export else "is a folder: give a checkpoint in it, as model_00440.pt"
-        )
-        raise UserError(f"{path} {what}")
+        raise UserError(f"{path} is a folder without checkpoints: give a checkpoint, or a log_dir with one")
     checkpoint = load_checkpoint(path, mmap=True)
     model = rebuild(checkpoint, GPT, GPTConfig)
     check_vocabulary(path, model.config)
+    check_finite(path, model)
     write_folder(folder, model, lambda parameters: model_card(checkpoint, path, parameters))
 
 
@@ -203,7 +236,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoint", help="a checkpoint of train_gpt2.py")
+    parser.add_argument("checkpoint", help="a checkpoint of train_gpt2.py, or a log_dir")
     parser.add_argument("folder", help="the folder to create; it may exist if it is empty")
     args = parser.parse_args()
     run_as_command(export, args.checkpoint, args.folder)

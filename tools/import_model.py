@@ -4,32 +4,117 @@ Import a GPT-2 that another program saved, as a folder like those of tools/expor
     python -m tools.import_model build-nanogpt/log/model_19072.pt my_gpt2
     python -m tools.import_model weights.safetensors my_gpt2 --n_head 12
 
-It reads checkpoints of the tutorial and of nanoGPT, llm.c's .bin, state dicts and safetensors, and runs no code from
-them. The folder can be used like a checkpoint: --init_from my_gpt2, python -m tools.sample my_gpt2, python
-hellaswag.py -m my_gpt2. The optimizer is not imported, so a run from the folder begins at step 0.
+It reads checkpoints of the tutorial and of nanoGPT, state dicts and safetensors, and runs no code from them. The folder
+can be used like a checkpoint: --init_from my_gpt2, python -m tools.sample my_gpt2, python hellaswag.py -m my_gpt2. The
+optimizer is not imported, so a run from the folder begins at step 0.
 """
 
 import argparse
+import contextlib
+import re
+import sys
 from pathlib import Path
 
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # python tools/import_model.py works, too
 from lib.console import UserError, run_as_command, say
-from lib.model.foreign import read_foreign
-from lib.model.load import check_vocabulary, rebuild
+from lib.files import expand
+from lib.model import hugging_face
+from lib.model.load import check_finite, check_vocabulary, rebuild
+from lib.tokenizer import VOCAB_SIZE
 from tools.export_hf import new_folder, render_card, write_folder
 from train_gpt2 import GPT, GPTConfig
 
+HARMLESS = {*hugging_face.CONFIG, "bias", "dropout", "flash"}  # config fields that change nothing in a trained model
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+SAVE_PLAIN = "torch.save({'model': model.state_dict(), 'config': vars(model.config)}, 'plain.pt')"
+
+
+class Config:
+    """Stands in for another program's GPTConfig: it gets the fields, and none of that program's code is run."""
+
+
+def read_file(path):
+    """(weights, config, others) of a file: tensors by its own names, the model's config, and all else that it has."""
+    classes = []
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # not torch's format of today: read_weights says more
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    if strange := sorted(name for name in classes if name.split(".")[-1] != "GPTConfig"):
+        raise UserError(
+            f"{path} holds more than plain data, and loading it would run code: {', '.join(strange)}. Save plain data "
+            f"in the program that made it: {SAVE_PLAIN}"
+        )
+    with torch.serialization.safe_globals([(Config, name) for name in classes]):
+        contents = hugging_face.read_weights(path)
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__}, not a dict with weights")
+    name = next((name for name in ("model", "state_dict") if isinstance(contents.get(name), dict)), None)
+    if name is None:
+        return contents, {}, {}
+    others = {key: vars(part) if isinstance(part, Config) else part for key, part in contents.items() if key != name}
+    config = others.pop("model_args" if "model_args" in others else "config", {})  # nanoGPT's config is of the run
+    return contents[name], config if isinstance(config, dict) else {}, others
+
+
+def find_sizes(path, config, weights, n_head):
+    """The fields of GPTConfig, from the shapes of the weights. They do not show n_head, of which a wrong one would load
+    and compute nonsense: it must be in the file's config or in the config.json beside it, or be given."""
+    if odd := [f"{name}={value!r}" for name, value in config.items() if name not in HARMLESS and value]:
+        raise UserError(
+            f"the config in {path} has fields that this code does not know, so it may not be GPT-2: {', '.join(odd)}. "
+            "If they change nothing, save the weights alone, torch.save(model.state_dict(), 'plain.pt')"
+        )
+    if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
+        config = hugging_face.read_config(path.with_name("config.json"))
+        hugging_face.check_tokenizer(path.parent)
+    needed = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight")
+    if missing := [name for name in needed if getattr(weights.get(name), "ndim", 0) != 2]:
+        raise UserError(f"{path} holds no GPT-2: it has no matrix {missing[0]}, but {', '.join([*weights][:5])}, ...")
+    (V, C), (T, _), _ = (weights[name].shape for name in needed)
+    blocks = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
+    sizes = {"block_size": T, "vocab_size": V, "n_layer": len(blocks), "n_embd": C}
+    sizes["n_head"] = n_head or config.get("n_head")
+    if not sizes["n_head"]:
+        raise UserError(f"{path} does not say how many heads a block has: give --n_head (in OpenAI's, n_embd / 64)")
+    for name in sizes.keys() - {"vocab_size"}:  # which may be padded
+        if config.get(name, sizes[name]) != sizes[name]:
+            raise UserError(f"the config of {path} has {name} {config[name]}, not {sizes[name]}")
+    return sizes
+
+
+def read_foreign(path, n_head=None):
+    """A GPT-2 from another program's file: (checkpoint, as lib.model.load.rebuild takes it; notes for the user)."""
+    weights, config, others = read_file(path)
+    weights = {WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
+    weights = hugging_face.named_as_ours(weights, path)
+    sizes = find_sizes(path, config, weights, n_head)
+    notes = [f"not imported: {', '.join(map(str, others))}"] if others else []
+    if "iter_num" in others:
+        notes.append("nanoGPT uses the exact GELU, this code GPT-2's approximation: logits differ by thousandths")
+    if (rows := sizes["vocab_size"] - VOCAB_SIZE) > 0:
+        notes.append(f"{rows} rows of the embedding, beyond GPT-2's {VOCAB_SIZE:,} tokens, are dropped as padding")
+    if weights["transformer.h.0.attn.c_attn.weight"].size(0) == sizes["n_embd"]:  # (in, out), as in OpenAI's files
+        weights = {name: hugging_face.transposed(name, weight) for name, weight in weights.items()}
+    if not any(name.endswith(".bias") for name in weights):  # nanoGPT's bias=False
+        notes.append("the model has no biases: they are zeros, which change nothing")
+        layers = [name for name in weights if not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))]
+        weights |= {name.removesuffix("weight") + "bias": torch.zeros(len(weights[name])) for name in layers}
+    return {"config": sizes, "model": weights}, notes
+
 
 def import_model(path, folder, n_head=None):
-    folder = new_folder(folder)
-    checkpoint, facts, notes = read_foreign(path, n_head)
+    path, folder = Path(expand(path)), new_folder(folder)
+    checkpoint, notes = read_foreign(path, n_head)
     try:
         model = rebuild(checkpoint, GPT, GPTConfig)
     except UserError as error:
         raise UserError(f"cannot import {path}: {error}") from None
     check_vocabulary(path, model.config)
+    check_finite(path, model)
     for note in notes:
         say(f"note: {note}")
-    origin, facts = "imported from a file of another program", {"file": Path(path).name, **facts}
+    origin, facts = "imported from a file of another program", {"file": path.name}
     write_folder(folder, model, lambda parameters: render_card(checkpoint["config"], parameters, origin, facts))
 
 

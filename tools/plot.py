@@ -3,100 +3,95 @@ Draw the curves of runs over the tokens they have seen, beside published results
 
     python -m tools.plot log                                        # writes curve.png
     python -m tools.plot log other_log/log.txt --out both.png
-    python -m tools.plot --size 124M --dataset fineweb-edu          # the published runs alone, over log(tokens)
+    python -m tools.plot --size 124M --dataset fineweb-edu          # the published runs alone
 
-log.txt counts steps. The tokens of a step, the size of the model and its data come from a checkpoint beside it, or from
-the flags. Each kind of record that is not about the loss or HellaSwag has a panel of its own below.
+log.txt counts steps. The tokens of a step, the size of the model and its data come from config.json beside it. The loss
+has a wide panel with its last part enlarged, HellaSwag a second one; each other kind of record has a small one below. A
+run that started from other weights is not compared with the published ones.
 """
 
 import argparse
+import json
 import os
-import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).parent.parent))  # python tools/plot.py works, too
 from lib.console import UserError, run_as_command, say
 from lib.files import atomic_write, expand
-from lib.model.published import DATASETS, OTHER, SIZES, dataset_of, published, size_of
 from lib.run.log import read_log
+from tools.reference_runs import DATASETS, OTHER, SHAPES, dataset_of, published
 
 TITLES = {  # of the first panels, by kind of record; the panel of any other kind has the kind as its title
     "val": "loss, nats per token", "hella": "HellaSwag, acc_norm", "lr": "learning rate",
-    "norm": "gradient norm, before clipping",
+    "norm": "gradient norm",
 }  # fmt: skip
-FEW = 200  # up to this many records of a kind are drawn as points, more as a line
+WIDE = ("val", "hella")
+FEW = 20  # up to this many records of a kind are marked with points, since the line between them was not measured
 UNITS = {1e9: "billions of tokens", 1e6: "millions of tokens", 1e3: "thousands of tokens", 1: "tokens"}
 
 
-def read_checkpoint(log_dir):
-    """Tokens of a step, size and dataset of the run whose checkpoints are in log_dir; None if none can be read."""
-    import torch  # here, since it takes seconds, and the trainer gives the flags instead
-
-    from lib.checkpoint import list_checkpoints
-
-    for path in list_checkpoints(log_dir)[::-1]:
-        try:  # with mmap the weights stay on the disk
-            contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            size = size_of(SimpleNamespace(**contents["config"]))
-            return contents["train_config"]["total_batch_size"], size, dataset_of(contents.get("data"))
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError):
-            continue  # damaged, or another program's
-    return None
+def settings_beside(log):
+    """(tokens per step, size, dataset) of a run, from the config.json beside its log.txt; None, other if unknown."""
+    try:
+        config = json.loads(log.with_name("config.json").read_bytes())
+        data_dir = Path(config["data_dir"])
+        shards = [path.name for path in data_dir.glob("*_[tv]*") if path.suffix in (".npy", ".bin")]
+        size = SHAPES.get((config["n_layer"], config["n_embd"]), OTHER) if config["init_from"] == "scratch" else OTHER
+        return config["total_batch_size"], size, dataset_of(shards or [data_dir.name])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+        return None, OTHER, OTHER
 
 
-def read_run(name, tokens_per_step, size, dataset):
-    """The run of a log.txt or log_dir; arguments that are None come from a checkpoint."""
+def read_run(name, tokens_per_step):
+    """The run of a log.txt or log_dir. tokens_per_step: None for what its config.json says."""
     path = Path(expand(name))
     path = path / "log.txt" if os.path.isdir(path) else path
     run = SimpleNamespace(records=read_log(path), path=Path(os.path.realpath(path)))
     name = run.path.parent.name if path.name == "log.txt" else path.name
     run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # matplotlib gives _ and $ a meaning
-    given = tokens_per_step, size, dataset
-    found = (read_checkpoint(path.parent) if None in given else None) or (None, OTHER, OTHER)
-    run.tokens_per_step, run.size, run.dataset = (f if g is None else g for g, f in zip(given, found, strict=True))
-    if run.tokens_per_step is None:
+    found, run.size, run.dataset = settings_beside(run.path)
+    run.tokens_per_step = found if tokens_per_step is None else tokens_per_step
+    if not isinstance(run.tokens_per_step, int) or run.tokens_per_step < 1:
         raise UserError(
-            f"{path} has no checkpoint of train_gpt2.py beside it that says how many tokens a step has: give "
-            "--tokens_per_step, the total_batch_size of the run (524288 by default)"
+            f"{path} has no config.json of train_gpt2.py beside it that says how many tokens a step has: give "
+            "--tokens_per_step, the total_batch_size of the run (524288 by default), 1 or more"
         )
-    if run.tokens_per_step < 1:
-        raise UserError(f"tokens_per_step is {run.tokens_per_step}: give the total_batch_size of the run, 1 or more")
     return run
 
 
 def smooth(values):
-    """The mean of the finite values around each one, a fiftieth of the curve to either side."""
-    window, finite = np.ones(2 * (len(values) // 50) + 1), np.isfinite(values)
-    total, count = (np.convolve(v, window, "same") for v in (np.where(finite, values, 0), finite))
+    """The mean of the finite values around each one: up to a fiftieth of the curve to either side, less at its start,
+    where it falls."""
+    places, finite = np.arange(len(values)), np.isfinite(values)
+    half = np.minimum(places, len(values) // 50)
+    total, count = (np.cumsum([0, *v]) for v in (np.where(finite, values, 0), finite))
+    first, end = places - half, np.minimum(places + half + 1, len(values))
+    total, count = total[end] - total[first], count[end] - count[first]
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def curves_of_run(run, i=0, count=1):
-    """Yield the curves of the i-th of several runs, (panel, tokens, values, style) each. Runs that agree stay visible:
-    the earlier ones are wider, and the dashes of one lie in the gaps of the others."""
-    color, gaps, after = f"C{i % 10}", 4 * max(1, count - 1), min(2, count - 1 - i)
-    line = {"color": color, "linewidth": 1 + 2 * after, "alpha": 0.8}
-    points = {"color": color, "linestyle": (4 * i, (4, gaps)), "linewidth": 1.2, "marker": "osD^v"[i % 5], "zorder": 3}
-    points |= {"markersize": 4 + 2 * after, "markerfacecolor": "none"}
+def curves_of_run(run, color):
+    """Yield the curves of a run: (panel, tokens, values, style) each."""
     for kind, records in run.records.items():
         tokens, values = np.array(sorted(records.items()), dtype=float).reshape(-1, 2).T
         tokens *= run.tokens_per_step
         panel = "val" if kind == "train" else kind
         label = run.name + {"train": ", training", "val": ", validation"}.get(kind, "")
-        if kind != "train" and len(values) <= FEW:
-            yield panel, tokens, values, {**points, "label": label}
-        elif kind == "lr":
-            yield panel, tokens, values, {**line, "label": label}
-        else:
-            yield panel, tokens, values, {"color": color, "linewidth": 0.5, "alpha": 0.25}
-            yield panel, tokens, smooth(values), {**line, "label": label}
+        line = {"color": color, "label": label, "linewidth": 1.6, "zorder": 3}
+        if kind in ("train", "norm"):  # noisy: the smoothed curve over the records
+            yield panel, tokens, values, {"color": color, "linewidth": 0.5, "alpha": 0.3}
+            values = smooth(values)
+            line |= {"linewidth": 0.8, "zorder": 2}
+        yield panel, tokens, values, line
 
 
 def curves_of_peer(peer, color, end):
     """The same of a published run or model; a model whose training is not published is a line up to `end`."""
-    for kind in ("val", "hella"):
+    for kind in WIDE:
         points = getattr(peer, kind)
         if points and points[0][0] is None:
             points = [(tokens, points[0][1]) for tokens in (0, end)]
@@ -105,54 +100,54 @@ def curves_of_peer(peer, color, end):
             yield kind, *np.array(points).T, {"color": color, "linestyle": style, "linewidth": 1.2, "label": peer.name}
 
 
-def with_last_value(style, values, panel):
-    """The style of a curve, with the last of its visible values in the label."""
-    if "label" not in style or not len(values):
-        return style
-    return {**style, "label": f"{style['label']}: {values[-1]:{'.4f' if panel in ('val', 'hella') else '.3g'}}"}
-
-
-def draw_panel(axes, panel, curves, end, unit):
-    """Draw the curves of a panel, (tokens, values, style) each, up to `end` tokens."""
-    # the loss falls so far in the first twentieth that the curves after it could not be told apart
-    start, early, inside = end / 20 if panel in ("val", "norm") else 0, [], []
+def plot_curves(axes, curves, end, unit):
+    """Plot curves up to `end` tokens. Returns what is seen of them, (tokens, values) without gaps."""
+    seen = []
     for tokens, values, style in curves:
-        axes.plot(tokens / unit, values, **with_last_value(style, values[tokens <= end], panel))
-        seen = np.isfinite(values) & (tokens <= end)
-        early.extend(values[seen & (tokens < start)])
-        inside.extend(values[seen & (tokens >= start)])
-    low, high = (limit(inside or early or [0]) for limit in (min, max))
-    margin = 0.04 * (high - low) or 0.1
-    axes.set(ylim=(low - margin, high + margin), xlim=(0, end / unit), xlabel=UNITS[unit])
-    axes.set_title(TITLES.get(panel, panel.replace("$", r"\$")))
-    axes.legend(loc="upper right" if panel == "val" else "best", fontsize="small")
+        inside = np.isfinite(values) & (tokens <= end)
+        marker = "." if inside.sum() <= FEW and style.get("linestyle") != ":" else None
+        axes.plot(tokens[tokens <= end] / unit, values[tokens <= end], marker=marker, **style)
+        seen.append((tokens[inside], values[inside]))
     axes.grid(alpha=0.3)
+    return tuple(np.concatenate(parts) for parts in zip(*seen, strict=True))
 
 
-def add_steps(axes, unit, tokens_per_step):
-    """Add an axis on top that counts steps, with the scale that the first one has at that time."""
-    functions = (lambda x: x * unit / tokens_per_step, lambda x: x * tokens_per_step / unit)
-    top = axes.secondary_xaxis("top", functions=functions)
-    top.set_xlabel(f"steps of {tokens_per_step:,} tokens")
-    return top
+def enlarge_the_end(axes, curves, seen, end, unit):
+    """Show the last part of falling curves, too flat to be read beside their beginning, in the empty corner above."""
+    tokens, values = seen
+    late = values[tokens > 0.15 * end]
+    if len(late) < 3 or late.max() - values.min() >= 0.45 * np.ptp(values):
+        return  # there is no empty corner
+    inset = axes.inset_axes([0.24, 0.5, 0.74, 0.46])
+    plot_curves(inset, curves, end, unit)
+    margin = 0.05 * np.ptp(late) or 0.1
+    inset.set(xlim=(0.15 * end / unit, end / unit), ylim=(late.min() - margin, late.max() + margin))
+    inset.tick_params(labelsize="small")
 
 
-def show_beginning(axes, curves, first, end, unit, tokens_per_step):
-    """Use log(tokens) from `first` on, and print the values at some steps, so that a run can be compared early."""
-    axes.set(xscale="log", xlim=(first / unit, end / unit))
-    top = add_steps(axes, unit, tokens_per_step)
-    for axis, of_axis in ((axes.xaxis, unit), (top.xaxis, tokens_per_step)):
-        ticks = [n * 10.0**k for k in range(-3, 9) for n in (1, 2, 5) if first <= n * 10.0**k * of_axis <= end]
-        axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
-        axis.set_ticks([], minor=True)
-    for tokens, values, style in [curve for curve in curves if len(curve[0]) > 2]:
-        places = np.array([tick * tokens_per_step for tick in ticks if tick * tokens_per_step < tokens.max()])
-        axes.plot(places / unit, np.interp(places, tokens, values), "o", color=style["color"], markersize=4)
-        for x, y in zip(places / unit, np.interp(places, tokens, values), strict=True):
-            axes.annotate(f"{y:.3g}", (x, y), (4, 4), textcoords="offset points", fontsize="small")
-    seen = np.concatenate([values[tokens > 0] for tokens, values, _ in curves])
-    margin = 0.06 * (seen.max() - seen.min()) or 0.1
-    axes.set_ylim(seen.min() - margin, seen.max() + margin)
+def list_beside(axes, curves, end):
+    """A legend at the right of the axes, in the order of the last values, which it shows."""
+    named = []
+    for (tokens, values, style), line in zip(curves, axes.lines, strict=True):
+        last = values[np.isfinite(values) & (tokens <= end)][-1:]
+        if "label" in style and len(last):
+            named.append((last[0], f"{last[0]:.4f}  {style['label']}", line))
+    named.sort(key=lambda item: -item[0])
+    _, texts, lines = zip(*named, strict=True) if named else ((), (), ())
+    axes.legend(lines, texts, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def lay_out(figure, wide, small):
+    """The axes of so many wide panels, the first one high, and of small ones, up to three in a row, below them."""
+    heights = [5.0, 2.5][:wide]
+    rows = [len(row) for row in np.array_split(range(small), -(-small // 3))] if small else []
+    sizes = [sum(heights), *[2.5] * len(rows)]
+    figure.set_size_inches(12, sum(sizes))
+    top, *below = figure.subfigures(len(sizes), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    places = [*top.subplots(wide, 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]]
+    for part, count in zip(below, rows, strict=True):
+        places += [*part.subplots(1, count, squeeze=False)[0]]
+    return places
 
 
 def draw(runs, peers, out, peers_step=524288):
@@ -161,29 +156,36 @@ def draw(runs, peers, out, peers_step=524288):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plotting needs matplotlib, which is not installed: pip install matplotlib") from None
-    curves = [curve for i, run in enumerate(runs) for curve in curves_of_run(run, i, len(runs))]
+    curves = [curve for i, run in enumerate(runs) for curve in curves_of_run(run, f"C{i % 10}")]
     # to the end of the runs, or else of the published ones
     of_peers = [tokens for peer in peers for tokens, _ in peer.val if tokens]
-    end = 1.03 * max([tokens.max() for _, tokens, _, _ in curves] or of_peers or [0]) or 1
-    colors = [str(0.22 * (i % 4)) if runs else f"C{i % 10}" for i in range(len(peers))]
-    curves += [curve for peer, color in zip(peers, colors, strict=True) for curve in curves_of_peer(peer, color, end)]
+    steps = {run.tokens_per_step for run in runs} or {peers_step}
+    end = max([tokens.max() for _, tokens, _, _ in curves] or of_peers or [0]) or max(steps)
+    for i, peer in enumerate(peers):
+        curves += curves_of_peer(peer, f"{0.3 + 0.2 * (i % 3):.1f}" if runs else f"C{i % 10}", end)
     unit = next(unit for unit in UNITS if unit <= end)
     found = {curve[0] for curve in curves}
     panels = [panel for panel in TITLES if panel in found] + sorted(found - TITLES.keys())
-    steps = {run.tokens_per_step for run in runs} or {peers_step}
-    rows, columns = -(-len(panels) // 2), min(2, len(panels))
-    heights = [5.5, *[3.5] * (rows - 1)]
-    figure = Figure(figsize=(6.5 * columns, sum(heights)), dpi=100, layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
-    for axes, panel in zip(places, panels, strict=False):
+    wide = [panel for panel in panels if panel in WIDE] or panels[:1]
+    rest = [panel for panel in panels if panel not in wide]
+    figure = Figure(dpi=100, layout="constrained")
+    places = lay_out(figure, len(wide), len(rest))
+    for axes, panel in zip(places, wide + rest, strict=True):
         of_panel = [curve[1:] for curve in curves if curve[0] == panel]
-        draw_panel(axes, panel, of_panel, end, unit)
-        if not runs and of_peers:
-            show_beginning(axes, of_panel, min(of_peers), end, unit, *steps)
-        elif len(steps) == 1:
-            add_steps(axes, unit, *steps)
-    for axes in places[len(panels) :]:
-        axes.remove()
+        seen = plot_curves(axes, of_panel, end, unit)
+        last = f": {seen[1][-1]:.3g}" if panel in rest and len(runs) == 1 and len(seen[1]) else ""
+        axes.set_title(TITLES.get(panel, panel.replace("$", r"\$")) + last)
+        axes.set_xlim(-0.005 * end / unit, end / unit)
+        if panel in wide:
+            list_beside(axes, of_panel, end)
+        if panel == "val":
+            enlarge_the_end(axes, of_panel, seen, end, unit)
+    for axes in places[len(wide) - 1 :]:
+        axes.set_xlabel(UNITS[unit])
+    if len(steps) == 1:
+        tokens_per_step = max(steps)
+        functions = (lambda x: x * unit / tokens_per_step, lambda x: x * tokens_per_step / unit)
+        places[0].secondary_xaxis("top", functions=functions).set_xlabel(f"steps of {tokens_per_step:,} tokens")
     try:
         with atomic_write(out) as file:
             figure.savefig(file, format=Path(out).suffix[1:] or "png")
@@ -195,21 +197,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw the curves of runs", allow_abbrev=False)
     parser.add_argument("logs", nargs="*", metavar="LOG", help="a log.txt, or the log_dir that holds one")
     parser.add_argument("--out", default="curve.png", help="a .png, .pdf or .svg file (default: %(default)s)")
-    parser.add_argument("--tokens_per_step", type=int, help="of every LOG (default: from a checkpoint beside it)")
-    parser.add_argument("--size", choices=[*SIZES.values(), OTHER], help="of every LOG's model; likewise")
-    parser.add_argument("--dataset", choices=[*DATASETS, OTHER], help="of every LOG; likewise")
+    parser.add_argument("--tokens_per_step", type=int, help="of every LOG (default: from config.json beside it)")
+    parser.add_argument("--size", choices=SHAPES.values(), help="without LOG: draw the published runs of this size")
+    parser.add_argument("--dataset", choices=[*DATASETS, OTHER], default=OTHER, help="of the published runs' losses")
     args = parser.parse_args(argv)
-    if not args.logs and args.size in (None, OTHER):
+    if not args.logs and not args.size:
         raise UserError("nothing to draw: give the log_dir of a run, or --size 124M --dataset fineweb-edu")
-    runs = [read_run(log, args.tokens_per_step, args.size, args.dataset) for log in args.logs]
+    runs = [read_run(log, args.tokens_per_step) for log in args.logs]
     for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
         run.name = str(run.path)
     kinds = {(run.size, run.dataset) for run in runs} or {(args.size, args.dataset)}
-    peers = [
-        peer if peer.dataset in (dataset, "") else peer._replace(val=[])  # HellaSwag is the same whatever the data
-        for size, dataset in sorted(kinds)
-        for peer in published(size)
-    ]
+    peers = [peer for kind in sorted(kinds) for peer in published(*kind)]
     draw(runs, peers, expand(args.out))
     say(f"drawn: {args.out}")
 

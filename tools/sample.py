@@ -1,38 +1,41 @@
 """
 Sample text from a model, printed token by token.
 
-    python -m tools.sample demo_log/model_00528.pt --prompt "Return the"
+    python -m tools.sample demo_log --prompt "Return the"
     python -m tools.sample gpt2 --prompt FILE:story.txt --num_samples 3 --top_p 0.9
     python -m tools.sample log/model_19073.pt            # asks for prompts; Ctrl-D exits
 
-The model is a checkpoint, a folder by tools/export_hf.py, or an OpenAI name. A text ends at <|endoftext|>. GPT-2
-continues a text, it does not answer: give it the beginning of what you want to read. An empty prompt begins a new text.
+The model is a checkpoint, a log_dir (its newest checkpoint), a folder by tools/export_hf.py, or an OpenAI name. A text
+ends at <|endoftext|>. GPT-2 continues a text, it does not answer: give it the beginning of what you want to read. An
+empty prompt begins a new text.
 """
 
 import argparse
 import codecs
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent))  # python tools/sample.py works, too
 from lib.console import UserError, run_as_command
 from lib.device import check_device, default_device
 from lib.files import expand
-from lib.model.load import check_vocabulary
+from lib.model.load import check_finite, check_vocabulary
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 from train_gpt2 import load_model, stream
 
-RANGES = {  # from, to
+LIMITS = {  # from, to
     "temperature": (0, 1e30), "top_k": (0, VOCAB_SIZE), "top_p": (1e-9, 1), "max_new_tokens": (0, 10**9),
     "num_samples": (1, 10**9), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 
 
 def read_prompt(prompt):
-    """The text that --prompt stands for; None: standard input. The last newline of a file is not part of it."""
+    """The text of --prompt; None: standard input. The last newline of a file is not part of it."""
     try:
         if prompt is None:
             data = sys.stdin.buffer.read().removesuffix(b"\n")
@@ -49,6 +52,7 @@ def read_prompt(prompt):
 
 def ask():
     """Yield lines typed at the terminal."""
+    sys.stdin.reconfigure(errors="replace")  # half a character, as some editing keys leave, is no error
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() then edits lines and remembers them
     with contextlib.suppress(EOFError):
@@ -58,32 +62,43 @@ def ask():
 
 def write(text):
     """Print a piece of text immediately, whatever the terminal's encoding."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    sys.stdout.flush()
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        raise UserError(f"cannot write to standard output: {error}") from None
 
 
-def load(name, device):
+def model_to_sample(name, device):
     """The model, ready to sample from, on its device."""
     check_device(device)
     model = load_model(name).eval()
     check_vocabulary(name, model.config)
+    check_finite(name, model)
     if device == "cpu":  # a single token reads every matrix once, which on CPUs is faster column by column
         for parameter in model.parameters():
-            parameter.data = parameter.data.t().contiguous().t()
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.t().contiguous().t()
     return model.to(device)
 
 
-def run(args):
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(args, name) <= most:  # so that NaN is refused, too
+def print_samples(args):
+    for name, (least, most) in LIMITS.items():
+        if not least <= getattr(args, name) <= most:  # also rejects NaN
             raise UserError(f"{name} is {getattr(args, name)}: it must be from {least} to {most}")
+    if sys.stdout is None:
+        raise UserError("standard output is closed: leave out >&-")
+    if args.prompt is None and sys.stdin is None:
+        raise UserError("standard input is closed: give --prompt")
     prompts = ask() if args.prompt is None and sys.stdin.isatty() else [read_prompt(args.prompt)]
     torch.set_float32_matmul_precision("high")
-    model = load(args.model, args.device)
+    model = model_to_sample(args.model, args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    room = model.config.block_size
     for prompt in prompts:
-        ids, room = get_tokenizer().encode_ordinary(prompt) or [EOT], model.config.block_size
+        ids = get_tokenizer().encode_ordinary(prompt) or [EOT]
         if len(ids) > room:
             print(f"the prompt has {len(ids):,} tokens, the model sees only the last {room:,}", file=sys.stderr)
         for number in range(args.num_samples):
@@ -101,28 +116,21 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    device = default_device()
-    parser.add_argument("model", help="a checkpoint, an exported folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    default = " (default: %(default)s)"
+    parser.add_argument(
+        "model", help="a checkpoint, log_dir, exported folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    )
     parser.add_argument("--prompt", help="the text to continue, or FILE:name (default: standard input, or ask)")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt (default: %(default)s)")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=200,
-        help="tokens at most (default: %(default)s); beyond the model's context length each one takes longer",
-    )  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument(
-        "--top_k", type=int, default=50, help="sample from the k likeliest; 0: from all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="and from the likeliest of this total probability (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=1337, help="the same seed, the same texts (default: %(default)s)")
-    parser.add_argument("-d", "--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt" + default)
+    help = "tokens at most; beyond the model's context length each one needs longer"
+    parser.add_argument("--max_new_tokens", type=int, default=200, help=help + default)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token" + default)
+    parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest; 0: from all" + default)
+    parser.add_argument("--top_p", type=float, default=1.0, help="and from the likeliest of this probability" + default)
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed, the same texts" + default)
+    parser.add_argument("-d", "--device", default=default_device(), help="cuda, mps or cpu" + default)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly under `| head`
-    run_as_command(run, parser.parse_args())
+    run_as_command(print_samples, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weights in and out, what they cost, and published results to compare with."""
+"""Weights in and out, and what they cost."""
 
 from lib.model.cpu_loss import fast_loss
 from lib.model.memory import fit_micro_batch

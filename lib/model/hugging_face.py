@@ -1,9 +1,8 @@
 """
-GPT-2 in Hugging Face's layout: config and weights, converted to and from ours, and the vocabulary as text.
+Read a GPT-2 in Hugging Face's layout: OpenAI's from the hub, or a folder with config.json and the weights.
 """
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -11,33 +10,20 @@ from pathlib import Path
 import torch
 
 from lib.console import UserError, say
-from lib.tokenizer import EOT, get_tokenizer
+from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 CONFIG = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
 FIXED = {  # what our code computes; also the defaults of the fields that a config.json leaves out
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+TIED = ("transformer.wte.weight", "lm_head.weight")
+CONVERT = "convert it with {}, then give NEW: GPT2LMHeadModel.from_pretrained(FOLDER, {}).save_pretrained('NEW')"
+OTHER_FORMATS = {  # what to do with weights for other programs, by the end of the file's name
+    ".gguf": CONVERT.format("transformers", "gguf_file=FILE"),
+    ".h5": CONVERT.format("transformers 4", "from_tf=True"),
+    ".json": "it holds no weights: give the folder that it lies in to --init_from or tools.sample, without an import",
 }
-DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # the default in transformers is 0.1, in training
-
-
-def weight_shapes(block_size, vocab_size, n_layer, n_embd):
-    """{name: shape} of the weights of a GPT-2, by our names and in llm.c's order: kind by kind over all blocks."""
-    C, shapes = n_embd, {"transformer.wte.weight": (vocab_size, n_embd), "transformer.wpe.weight": (block_size, n_embd)}
-    kinds = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
-    kinds |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    for kind, shape in kinds.items():
-        for part, size in (("weight", shape), ("bias", shape[:1])):
-            shapes |= {f"transformer.h.{i}.{kind}.{part}": size for i in range(n_layer)}
-    return {**shapes, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
 
 
 def transposed(name, weight):
@@ -45,117 +31,119 @@ def transposed(name, weight):
     return weight.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
 
 
-def to_theirs(config, weights):
-    """Our config and weights (dicts) as theirs, without the padding rows of the vocabulary and without the head, which
-    is the embedding. Raises UserError if the weights are not those of a GPT-2."""
-    shapes = weight_shapes(*(config[name] for name in ("block_size", "vocab_size", "n_layer", "n_embd")))
-    if strange := sorted(weights.keys() - {"lm_head.weight"} ^ shapes.keys()):
-        raise UserError(f"the model is no longer GPT-2: additional or missing weights, {', '.join(strange[:3])}")
-    wte = weights["transformer.wte.weight"]
-    if not torch.equal(weights.get("lm_head.weight", wte), wte):
-        raise UserError("the model is no longer GPT-2: its head, lm_head.weight, differs from its embedding")
-    theirs = {their: config[our] for our, their in CONFIG.items()}
-    theirs |= {"vocab_size": EOT + 1, "bos_token_id": EOT, "eos_token_id": EOT, **FIXED, **DROPOUT}
-    theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    theirs["n_ctx"] = theirs["n_positions"]  # its old name, which llama.cpp reads
-    weights = {name: transposed(name, weight) for name, weight in weights.items() if name != "lm_head.weight"}
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: EOT + 1]
-    return theirs, {name: weight.contiguous() for name, weight in weights.items()}
+def describe(error):
+    """The type and text of an error; of torch's unpickler only the reason, not how to switch its protection off."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].split("Please use")[0].split("Check the doc")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def differences(config):
-    """The settings of their config (a dict) that our code does not support, as a list of texts."""
-    return [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
+def read_json(path):
+    """The JSON object in a file."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"cannot read {path}: it holds a JSON {type(contents).__name__}, not an object")
+    return contents
 
 
-def to_ours(config, weights):
-    """Their config and weights (dicts) as lib.model.load.rebuild takes them. Raises UserError for any other model."""
-    other = differences(config)
-    if missing := [name for name in CONFIG.values() if name not in config]:
-        other += [f"no {', '.join(missing)}"]
-    if other:
-        raise UserError(f"its config is not a GPT-2 that this code supports: it has {'; '.join(other)}")
+def read_weights(path):
+    """What a .safetensors holds, tensors by name, or a file by torch.save with plain data. No code in it is run."""
+    if advice := OTHER_FORMATS.get(path.suffix):
+        raise UserError(f"{path} is neither safetensors nor by torch.save: {advice}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file raises in torch or safetensors
+        raise UserError(f"cannot read {path}: {describe(error)}") from None
+
+
+def named_as_ours(weights, path):
+    """The weights of a GPT-2 under GPT's names, in the shapes that they have; each of the tied matrices is enough."""
     ours = {}
     for name, weight in weights.items():
         name = name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer.")
+        if not torch.is_tensor(weight):
+            raise UserError(f"{path} holds no GPT-2: {name} is not a tensor but of type {type(weight).__name__}")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
-            ours[name] = transposed(name, weight).float()
-    ours.setdefault("lm_head.weight", ours.get("transformer.wte.weight"))  # rebuild refuses one that differs
-    return {"config": {our: config[their] for our, their in CONFIG.items()}, "model": ours}
+            ours[name] = weight.float()
+    for name, other in (TIED, TIED[::-1]):
+        if other in ours:
+            ours.setdefault(name, ours[other])  # rebuild refuses one that differs
+    return ours
 
 
-def read_safetensors(path):
-    """The tensors of a .safetensors by name: 8 bytes for the length of a JSON header, the header, then the numbers
-    (https://github.com/huggingface/safetensors). Raises ValueError or KeyError for an invalid file."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = os.fstat(file.fileno()).st_size - 8 - length
-        if size < 0:
-            raise ValueError(f"{path} is shorter than its header says")
-        header = json.loads(file.read(length))
-        data = bytearray(size)
-        if file.readinto(data) != size:
-            raise ValueError(f"{path} became shorter while it was read")
-    tensors = {}
-    for name, about in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (start, end) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
-        if not 0 <= start <= end <= size or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path} has no room for {name} of shape {shape} at bytes {start} to {end}")
-        tensor = (
-            torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start)
-            if end > start
-            else torch.empty(0, dtype=dtype)
-        )
-        tensors[name] = tensor.reshape(shape)
-    return tensors
+def read_config(path):
+    """The fields of GPTConfig from a config.json. Raises UserError if it describes another model."""
+    config = read_json(path)
+    other = [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
+    other += [f"no {name}" for name in CONFIG.values() if name not in config]
+    if other:
+        raise UserError(f"{path} is not a GPT-2 that this code supports: it has {'; '.join(other)}")
+    return {our: config[their] for our, their in CONFIG.items()}
+
+
+def vocabulary():
+    """OpenAI's vocab.json: {text of a token: id}. The text has a printable character for each byte."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in kept]  # get printable names, too, as in OpenAI's encoder.py
+    names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    tokens = map(get_tokenizer().decode_single_token_bytes, range(EOT))
+    return {**{"".join(names[byte] for byte in token): id for id, token in enumerate(tokens)}, "<|endoftext|>": EOT}
+
+
+def check_tokenizer(folder):
+    """Raise UserError if the tokenizer beside the weights is not GPT-2's: their ids would mean other tokens."""
+    for path in [folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).exists()]:
+        theirs = read_json(path)
+        if path.name == "tokenizer.json":
+            added = {token["content"]: token["id"] for token in theirs.get("added_tokens", [])}
+            theirs = {**dict(theirs.get("model", {}).get("vocab", {})), **added}
+        if differing := [text for text, id in vocabulary().items() if theirs.get(text) != id]:
+            raise UserError(
+                f"{path} is not GPT-2's tokenizer: {len(differing):,} of its {VOCAB_SIZE:,} tokens have other ids or "
+                f"none, such as {differing[0]!r}. This code has GPT-2's alone, so these weights would compute nonsense"
+            )
 
 
 def read_folder(folder):
-    """A folder with config.json and model.safetensors, as lib.model.load.rebuild takes it. May raise UserError."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return to_ours(config, read_safetensors(Path(folder) / "model.safetensors"))
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot load {folder}/ as a GPT-2 of config.json and model.safetensors: {error}") from None
+    """(config, weights) of a folder: the fields of GPTConfig from config.json, and tensors by GPT's names from
+    model.safetensors, in one file or several, or pytorch_model.bin. Matrices are as OpenAI's, (in, out).
+
+    Raises UserError for another model or tokenizer, and for files that cannot be read.
+    """
+    name, folder = folder, Path(folder)
+    kinds = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "*.h5")
+    files = next((files for kind in kinds if (files := sorted(folder.glob(kind)))), None)
+    if not files:
+        raise UserError(f"cannot load {name}/ as a GPT-2 of config.json and model.safetensors: it has no weights")
+    weights = {name: weight for path in files for name, weight in read_weights(path).items()}
+    config = read_config(folder / "config.json")
+    check_tokenizer(folder)
+    return config, named_as_ours(weights, folder)
 
 
-def fetch(name):
-    """OpenAI's weights of that name, as from read_folder, from the hub or its local cache."""
-    from huggingface_hub import hf_hub_download
-
+def fetch_openai(name):
+    """OpenAI's model of that name, as from read_folder, from the hub or its local cache."""
     if os.path.exists(name):
         say(f"{name} means OpenAI's weights: for the local file or folder of that name, write ./{name}", sys.stderr)
     try:
-        config, _ = (hf_hub_download(name, file) for file in ("config.json", "model.safetensors"))
-    except Exception as error:  # from huggingface_hub, its HTTP client, Xet or the file system
-        reason = " ".join(str(error).split()) or repr(error)
+        from huggingface_hub import hf_hub_download
+
+        config = hf_hub_download(name, "config.json")
+        hf_hub_download(name, "model.safetensors")
+    except Exception as error:  # of huggingface_hub, its HTTP client, Xet or the file system, which say it best
         raise UserError(
-            f"cannot fetch {name} from the Hugging Face hub, check the network: {reason} For a local folder of "
-            f"that name, write ./{name}"
+            f"cannot fetch {name} from the Hugging Face hub: {describe(error)} If there is no network here, copy the "
+            f"model's folder from another machine. For a local folder of that name, write ./{name}"
         ) from None
     return read_folder(Path(config).parent)
 
 
-def split(token, ranks):
-    """The two tokens that were merged into this one (bytes), found by applying the merges of lower ranks."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, EOT) for a, b in zip(parts, parts[1:], strict=False)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def vocabulary():
-    """OpenAI's vocab.json, a dict from text to id, and the merges of its merges.txt, from the ranks in assets/."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in kept]  # get printable names, too, as in OpenAI's encoder.py
-    names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
-    ranks = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
-    text = {token: "".join(names[byte] for byte in token) for token in ranks}
-    merges = [" ".join(text[part] for part in split(token, ranks)) for token in ranks if len(token) > 1]
-    return {**{text[token]: rank for token, rank in ranks.items()}, "<|endoftext|>": EOT}, merges
+def to_ours(config, weights):
+    """What read_folder returns, as lib.model.load.rebuild takes it."""
+    return {"config": config, "model": {name: transposed(name, weight) for name, weight in weights.items()}}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint, newest_checkpoint
 from lib.config import plain
 from lib.console import UserError, print0
 from lib.files import ROOT, expand, hash_file, why_missing
@@ -175,22 +175,31 @@ def check_vocabulary(name, config):
         )
 
 
+@torch.no_grad()
+def check_finite(name, model):
+    """Raise UserError if weights of a model on the CPU, or its logits of one token, are NaN or infinite."""
+    for part, tensor in {**model.state_dict(), "logits": model.eval()(torch.tensor([[0]]))[0]}.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: {part} has NaN or infinite values: use a checkpoint from before the run diverged")
+
+
 def read_model(name):
-    """The contents of a checkpoint, or of a folder by tools/export_hf.py or of an OpenAI model in the same form."""
+    """The contents of a checkpoint, the newest of a log_dir, or of a folder by tools/export_hf.py or an OpenAI model in
+    the same form."""
     if name in OPENAI_MODELS:
-        return hugging_face.fetch(name)
-    path = expand(name)
+        return hugging_face.to_ours(*hugging_face.fetch_openai(name))
+    path = newest_checkpoint(expand(name))
     if missing := why_missing(path):
         names = ", ".join(OPENAI_MODELS)
-        raise UserError(f"{name!r} is not a checkpoint, an exported folder or one of {names}: {missing}")
-    return hugging_face.read_folder(path) if os.path.isdir(path) else load_checkpoint(path)
+        raise UserError(f"{name!r} is not a checkpoint, a log_dir, an exported folder or one of {names}: {missing}")
+    return hugging_face.to_ours(*hugging_face.read_folder(path)) if os.path.isdir(path) else load_checkpoint(path)
 
 
 def from_openai(name, model_class, config_class):
     """OpenAI's weights from the Hugging Face hub."""
     if name not in OPENAI_MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(OPENAI_MODELS)}")
-    return rebuild(hugging_face.fetch(name), model_class, config_class)
+    return rebuild(hugging_face.to_ours(*hugging_face.fetch_openai(name)), model_class, config_class)
 
 
 def load_model(name, model_class, config_class):

@@ -124,21 +124,21 @@ class RunFolder:
             say(f"WARNING: {path} COULD NOT BE SAVED: log.txt must be written first")
         self.saved = flushed and saved and path
 
-    def draw(self, flags, last):
+    def draw(self, last):
         """Have tools/plot.py draw curve.png in a process of its own, unless the previous one is still running."""
         if last:
             wait_for(self.drawing)
         if find_spec("matplotlib") and (self.drawing is None or self.drawing.poll() is not None):
             folder, nowhere = self.path.absolute(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", *flags, **nowhere)
+            self.drawing = start_beside("-m", "tools.plot", folder, "--out", folder / "curve.png", **nowhere)
 
-    def summarize(self, title, rows, peers, config, facts):
+    def summarize(self, title, rows, config, facts):
         """Print the results of the run, and write them as a page."""
-        for what, value in [*rows, *summary.peer_rows(peers)]:
+        for what, value in rows:
             say(f"{what}: {value}")
         try:
             wait_for(self.drawing)
-            summary.write_page(self.path, title, rows, peers, config, facts)
+            summary.write_page(self.path, title, rows, config, facts)
         except OSError as error:
             say(f"warning: {self.path}/summary.md cannot be written: {error}")
         if self.saved:

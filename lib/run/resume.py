@@ -12,8 +12,7 @@ FIXED = ("sequence_length", "total_batch_size", "seed")  # besides those of the 
 # settings of paths and output, whose changes are not reported
 QUIET = (
     "data_dir", "data_source", "log_dir", "init_from", "log_every", "sample_every", "sample_prompt",
-    "sample_temperature", "plot_every", "tracker", "checkpoint_every", "keep_checkpoints", "plan", "plan_speed",
-    "plan_price",
+    "sample_temperature", "plot_every", "tracker", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
 
 

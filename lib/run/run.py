@@ -161,16 +161,16 @@ class Run:
         self.folder.check_saved()
         print0("stopped by a signal. To resume, give the same command with --init_from resume")
 
-    def finish(self, config, devices, peers, scored):
-        """Print the results of a finished run beside published ones, write them to log_dir/summary.md, and suggest what
-        to do next. Returns the last metrics."""
+    def finish(self, config, devices, scored):
+        """Print the results of a finished run, write them to log_dir/summary.md, and suggest what to do next. Returns
+        the last metrics."""
         self.folder.check_saved()
         self.metrics |= {"step": self.step, "tokens": self.tokens}
         print0(f"done: {self.clock}")
         if is_main_rank():
             parameters = sum(p.numel() for p in self.parts["model"].parameters())
             rows = summary.results(self.metrics, self.clock, parameters, self.timed_from)
-            self.folder.summarize(f"GPT-2 on {devices}", rows, peers, config, self.facts)
+            self.folder.summarize(f"GPT-2 on {devices}", rows, config, self.facts)
         if self.folder.saved:
             checkpoint = shlex.quote(str(self.folder.saved))
             prompt = shlex.quote(getattr(config, "sample_prompt", ""))

@@ -30,14 +30,7 @@ def results(metrics, clock, parameters, timed_from):
     return rows
 
 
-def peer_rows(peers):
-    """The published runs of the model's size, as rows of name and results. peers: (name, loss, score) of each."""
-    for name, loss, score in peers:
-        named = {"validation loss": loss, "HellaSwag": score}
-        yield name, ", ".join(f"{what} {value:.4f}" for what, value in named.items() if value is not None)
-
-
-def write_page(folder, title, rows, peers, config, facts):
+def write_page(folder, title, rows, config, facts):
     """Write summary.md into the folder of a run: results, curves, changed settings, and the samples by step."""
     commit = re.sub(r"\+changes\.(\w+)", r" with uncommitted changes (\1)", facts["commit"])
     changed = [
@@ -46,7 +39,6 @@ def write_page(folder, title, rows, peers, config, facts):
         if getattr(config, field.name) != field.default
     ]
     lines = [f"# {title}", "", "| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows]]
-    lines += [f"| {name} | {value} |" for name, value in peer_rows(peers)]
     lines += [f"| code | {commit}, torch {torch.__version__} |", f"| date | {time.strftime('%Y-%m-%d')} |", ""]
     if (folder / "curve.png").exists():
         lines += ["![Losses over tokens](curve.png)", ""]

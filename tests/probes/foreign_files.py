@@ -4,6 +4,7 @@ python foreign_files.py FOLDER
 """
 
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from support import ROOT  # noqa: F401 - the scripts can be imported then
 
 import train_gpt2
-from lib.model.hugging_face import transposed, weight_shapes
+from lib.model.hugging_face import transposed
 
 T, V, L, HEADS, C = 16, 50304, 2, 4, 16
 
@@ -49,14 +50,6 @@ def prefixed(prefix, weights):
     return {prefix + name: weight for name, weight in weights.items()}
 
 
-def write_llm_c(path, weights, version, cut=0):
-    header = torch.zeros(256, dtype=torch.int32)
-    header[:8] = torch.tensor([20240326, version, T, V if version == 1 else 50257, L, HEADS, C, V * (version > 1)])
-    dtype = torch.bfloat16 if version == 5 else torch.float32
-    parts = [weights[name].to(dtype).flatten() for name in weight_shapes(T, V, L, C)]
-    path.write_bytes((header.numpy().tobytes() + torch.cat(parts).view(torch.uint8).numpy().tobytes())[: -cut or None])
-
-
 def main(folder):
     folder = Path(folder)
     weights = {name: weight.clone() for name, weight in model().state_dict().items()}
@@ -77,15 +70,13 @@ def main(folder):
     save(
         "nanogpt_no_bias.pt", {"model": prefixed("_orig_mod.", without), "model_args": {**args, "bias": False}, **nano}
     )
-    save("ddp.pt", {"state_dict": prefixed("module._orig_mod.", weights), "hparams": {"n_head": HEADS, "lr": 0.1}})
+    save("ddp.pt", {"state_dict": prefixed("module._orig_mod.", weights), "config": {"n_head": HEADS}})
     save("bare.pt", weights)
     save("legacy.pt", {**weights}, _use_new_zipfile_serialization=False)
     save("half.pt", {name: weight.half() for name, weight in weights.items()})
     save("hugging_face.pt", headless)
     save_file(hugging_face, folder / "hugging_face.safetensors")
     save_file(headless, folder / "headless.safetensors")
-    for version in (1, 3, 5):
-        write_llm_c(folder / f"llm_c_{version}.bin", weights, version)
 
     # those that are not, or not known to be
     save("whole.pt", {"model": GPT(2, 2), "config": GPTConfig()})
@@ -106,14 +97,17 @@ def main(folder):
     save("letters.pt", {"model": letters, "model_args": {**args, "vocab_size": 65}})
     save("other.pt", {"model": {"weight": torch.ones(2)}})
     save("list.pt", [1, 2])
+    save("mixed.pt", {**weights, "step": 250})
+    with zipfile.ZipFile(folder / "zip.pt", "w") as file:
+        file.writestr("a", "b")
     (folder / "cut.pt").write_bytes((folder / "tutorial.pt").read_bytes()[:-1000])
     (folder / "cut.safetensors").write_bytes((folder / "headless.safetensors").read_bytes()[:-1000])
     (folder / "text.pt").write_text("no weights at all")
     (folder / "empty.pt").write_bytes(b"")
-    write_llm_c(folder / "cut.bin", weights, 3, cut=4)
-    write_llm_c(folder / "version.bin", weights, 2)
-    for name, magic in (("state", 20240527), ("shard", 20240520)):
-        (folder / f"{name}.bin").write_bytes(magic.to_bytes(4, "little") + bytes(2000))
+    for name in ("weights.gguf", "tf_model.h5", "model.safetensors.index.json"):
+        (folder / name).write_bytes(b"{}")
+    weights["transformer.h.1.mlp.c_fc.bias"][3] = float("nan")
+    save("diverged.pt", {"model": weights, "config": GPTConfig()})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-sys.modules |= {"transformers": None, "safetensors": None}  # as where they are not installed
+sys.modules["transformers"] = None  # as where it is not installed
 
 import torch  # noqa: E402
 

@@ -1,0 +1,30 @@
+"""
+What a run prints at its start.
+"""
+
+import torch
+
+
+def headline(c, model, devices, peak_tflops, dtype, compiled):
+    """The model, the devices and the size of a run with the settings c, and warnings: if a CPU would need more than a
+    day, and if the warm-up is longer than the run."""
+    n = sum(p.numel() for p in model.parameters())
+    tokens = c.max_steps * c.total_batch_size
+    flops = tokens * model.flops_per_token(c.sequence_length)
+    lines = [
+        f"GPT-2, {n:,} parameters, on {devices}, {dtype}, compile {'on' if compiled else 'off'}, "
+        f"torch {torch.__version__}",
+        f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} per parameter, "
+        f"{flops:.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB",
+    ]
+    if peak_tflops:
+        lines.append(f"MFU is 6N + 6LCT FLOP per token over {peak_tflops} TFLOP/s (datasheet)")
+    if "CPU" in devices and flops > 1e17:
+        lines.append("warning: expect a day or more on a CPU: check nvidia-smi if you have a GPU, or try --preset demo")
+    if c.warmup_steps > c.max_steps > 0:
+        lines.append(
+            f"warning: the warm-up of {c.warmup_steps} steps is longer than the run of {c.max_steps}, whose learning "
+            f"rate ends at {c.max_lr * c.max_steps / c.warmup_steps:.1e}, not {c.max_lr:.1e}: give "
+            f"--warmup_steps {max(1, c.max_steps // 20)}"
+        )
+    return "\n".join(lines)
