@@ -14,9 +14,7 @@ A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.1
 
 import contextlib
 import math
-import os
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -31,16 +29,14 @@ import fineweb
 import hellaswag
 from lib import config as configs
 from lib import device as devices
-from lib.console import Stopped, UserError, print0, report, run_as_command
+from lib import distributed, tokenizer
+from lib.console import UserError, print0, run_as_command
 from lib.data.folder import open_shards
 from lib.data.order import shuffle
 from lib.data.stream import TokenStream
-from lib.distributed import SETUP_TIMEOUT, new_store, set_timeout, sum_over_ranks, torchrun_ranks, wait_for_all
-from lib.model import fast_loss, fit_micro_batch, load
-from lib.model.headline import headline
+from lib.model import load, rehearse
 from lib.optimizers import as_one
-from lib.run import Run, RunFolder, one_run, script_of, step_seed, time_text
-from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
+from lib.run import Run, RunFolder, one_run
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -124,7 +120,7 @@ def parse_args(argv=None):
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence
-    vocab_size: int = VOCAB_SIZE
+    vocab_size: int = tokenizer.VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -295,35 +291,42 @@ class DataLoaderLite:
     shards, or a ShardFolder: a run opens it once.
     """
 
-    def __init__(self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0):
-        self.B, self.T, self.process_rank, self.num_processes = B, T, process_rank, num_processes
-        self.split, self.seed = split, seed
+    def __init__(
+        self, B, T, process_rank, num_processes, split, data_root="edu_fineweb10B", vocab_size=50304, seed=0, position=0
+    ):
+        self.B = B
+        self.T = T
+        self.process_rank = process_rank
+        self.num_processes = num_processes
+        self.split = split
+        self.seed = seed
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
             found = f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few for a sequence of {T}"
             raise UserError(f"{found}: build more, or give a sequence_length of {len(self.tokens) - 1} or less")
-        self.reset()
+        self.seek(position)
 
     def reset(self):
         self.seek(0)
 
     def seek(self, position):
-        """Continue after `position` sequences, counted over all ranks and epochs; the system starts reading."""
-        self.position, self.prepared = position, None
+        """Continue after `position` sequences, counted over all ranks and epochs, and start to read them ahead."""
+        self.position = position
+        self.prepared = None
         self.upcoming = self.locate(np.arange(self.B) + position + self.process_rank * self.B)
-        for tokens, *span in self.upcoming:
-            tokens.will_need([span])
+        for tokens, start, end in self.upcoming:
+            tokens.will_need([(start, end)])
 
     def locate(self, numbers):
-        """Where sequences lie, by their numbers over all epochs: (stream, start, end) of each."""
+        """Map numbers of sequences, counted over all epochs, to a (TokenStream, start, end) each."""
         epochs, places = np.divmod(numbers, self.num_sequences)
         places = shuffle(places, self.num_sequences, self.seed, epochs)
         return [(self.tokens, start, start + self.T + 1) for start in (places * self.T).tolist()]
 
     def prepare(self):
         """Read the batch that next_batch will return."""
-        tokens = np.stack([stream.read(*span) for stream, *span in self.upcoming])  # (B, T + 1) uint16
+        tokens = np.stack([tokens.read(start, end) for tokens, start, end in self.upcoming])  # (B, T + 1) uint16
         self.prepared = [torch.from_numpy(t.astype(np.int64, order="C")) for t in (tokens[:, :-1], tokens[:, 1:])]
 
     def next_batch(self):
@@ -368,7 +371,7 @@ def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None)
             weight = count / y.size(1)
             total += torch.stack([loss * weight, torch.full_like(loss, weight)])
     model.train()
-    loss, weight = sum_over_ranks(total).tolist()
+    loss, weight = mean_over_ranks(total).tolist()
     return loss / weight
 
 
@@ -410,7 +413,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
         with devices.flash_attention():  # not cuDNN's, which makes a plan for each new length
             hidden = model.hidden_states(idx[:, start:], cache, start)
         logits = (
-            model.head(hidden[:, -1])[:, :VOCAB_SIZE].nan_to_num().clamp(-1e30, 1e30)
+            model.head(hidden[:, -1])[:, : tokenizer.VOCAB_SIZE].nan_to_num().clamp(-1e30, 1e30)
         )  # no padded ids; a run may have diverged
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
@@ -429,10 +432,11 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, g
 
 def sample(model, prompt, device, seed, temperature=1.0, count=3, length=32):
     """Return `count` texts that continue the prompt by `length` tokens; the same seed gives the same texts."""
-    idx = torch.tensor([get_tokenizer().encode_ordinary(prompt) or [EOT]] * count, device=device)
+    bpe = tokenizer.get_tokenizer()
+    idx = torch.tensor([bpe.encode_ordinary(prompt) or [tokenizer.EOT]] * count, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     rows = generate(model, idx, length, temperature, generator=generator).tolist()
-    return [get_tokenizer().decode(row) for row in rows]
+    return [bpe.decode(row) for row in rows]
 
 
 # -----------------------------------------------------------------------------
@@ -441,35 +445,29 @@ def sample(model, prompt, device, seed, temperature=1.0, count=3, length=32):
 
 @contextlib.contextmanager
 def process_group(device, timeout):
-    """Join torchrun's process group and leave it on exit: yields (rank, local_rank, world_size, device).
+    """Join the process group of torchrun, and leave it on exit: yields (rank, local_rank, world_size, device).
 
     Without torchrun there is one rank and no group. device: "auto" or a type; on CUDA, each rank has the GPU of its
-    local_rank. timeout: seconds to wait for a dead or hung rank; longer until the first step is done, and on exit.
+    local_rank. timeout: seconds to wait for a dead or hung rank.
     """
-    rank, local_rank, world_size = torchrun_ranks()
+    rank, local_rank, world_size = distributed.torchrun_ranks()
     device = devices.choose_device(device, local_rank, in_group=world_size > 0)
-    if world_size:
-        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        limit = max(60, timeout)  # importing torch takes one rank longer than another
-        store, limit = new_store(rank, world_size, limit), timedelta(seconds=limit)
-        dist.init_process_group(**backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-        set_timeout(max(SETUP_TIMEOUT, timeout))
+    if world_size == 0:
+        yield 0, 0, 1, device
+        return
+    backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(**backend, **distributed.fresh_start(rank, world_size, timeout))
     try:
-        yield rank, local_rank, max(1, world_size), device
-    except BaseException as error:
-        if world_size > 1 and not isinstance(error, Stopped):  # the barrier below would deadlock
-            os._exit(report(error))
-        raise
+        with distributed.leaving_together():
+            yield rank, local_rank, world_size, device
     finally:
-        if world_size:
-            set_timeout(max(SETUP_TIMEOUT, timeout))
-            wait_for_all()  # a rank that leaves early would close connections that others use
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def data_parallel(model):
     """A DistributedDataParallel around the model: the gradients of all ranks are averaged while the backward runs, in
     about 20 buckets, for each of which torch.compile makes a graph."""
+    distributed.wait_for_all()
     megabytes = 4e-6 * sum(p.numel() for p in model.parameters())  # of float32 gradients
     return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=max(25, megabytes / 20))
 
@@ -482,11 +480,16 @@ def mean_over_ranks(tensor):
     return tensor
 
 
-def choose_dtype(name, device):
-    """The type of the matrix products: as named, or for "auto" 16 bits on CUDA (bfloat16 if it has that)."""
+def precision(name, device):
+    """(autocast, scaler) for matrix products in the dtype named, or for "auto" in 16 bits on CUDA: bfloat16 if the GPU
+    has it. The scaler multiplies the loss, to keep float16 gradients from underflowing; for other dtypes it does
+    nothing."""
+    torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
     if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32 if name == "auto" else getattr(torch, name)
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 # -----------------------------------------------------------------------------
@@ -512,7 +515,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     loss = mean_over_ranks(loss).item()  # .item() waits for it
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    for group in optimizer.param_groups:  # a group may have a rate of its own, in proportion
+    for group in optimizer.param_groups:  # each group keeps its ratio to max_lr
         group["lr"] = lr * group.get("lr_scale", 1.0)
     # a NaN would stay in AdamW's moments for good: skip it. float16's gradients overflow now and then by design: its
     # scaler skips those itself and lowers its scale, which is 1 for other types. loss and norm are equal on all ranks
@@ -528,11 +531,16 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 # The run
 
 
-def step_line(step, max_steps, loss, lr, norm, finite, seconds, speed, mfu):
-    """The console's line of a step. speed: tokens/s; mfu: 0 if the peak of the device is not known."""
+def step_seed(seed, step, rank):
+    """A seed for each step and rank: a resume draws the same numbers again, and no two ranks draw the same."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def step_line(step, max_steps, loss, lr, norm, finite, seconds, tokens_per_second, mfu, left):
+    """The console's line of a step. mfu: None if the peak of the device is not known; left: a time as text."""
     return (
         f"step {step:5d}/{max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {1000 * seconds:.2f} ms | "
-        f"{speed:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{time_text(seconds * (max_steps - step - 1))} left"
+        f"{tokens_per_second:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
         + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
     )
 
@@ -541,54 +549,35 @@ def train(config, rank, local_rank, world_size, device, folder):
     """Train by config, a TrainConfig, on this rank of process_group, in a RunFolder. Returns the last metrics."""
     # data: shards that fineweb.py made, of which the val split is never trained on
     T = config.sequence_length
-    sequences = config.total_batch_size // T  # of a step, over all ranks
-    if config.data_source and local_rank == 0:
-        fineweb.build_missing(config.data_source, config.data_dir)  # once per machine, while the other ranks wait
-    wait_for_all()
-    data = open_shards(config.data_dir, T, sequences, config.val_every > 0)
+    data = open_shards(config.data_dir, T, config.total_batch_size // T, config.val_every > 0)
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
-    saved = folder.open(mmap=device.type == "cuda")  # the newest checkpoint if this run resumes, else None
-    config = replace(config, init_from=folder.begun_from(config.init_from, saved))
 
-    # model: one set of weights, three handles. `compiled` is for the fixed shapes of training and validation, `model`
-    # for the changing ones of HellaSwag and sampling, each of which would compile anew; `ddp` makes the ranks agree
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-    model = load.initial_model(config.init_from, GPTConfig.of(config), saved, GPT).to(device)
-    config = load.as_loaded(config, model.config)
-    model.fast_loss = fast_loss(model)
+    # model: `compiled` is for fixed shapes, `model` for HellaSwag and samples, each of whose shapes would recompile it
+    config, saved = folder.open(config)  # saved: the newest checkpoint if this run resumes, else None
+    model, config = load.initial_model(config, GPTConfig.of(config), saved, GPT, device)
     compiled = devices.compile_model(model, config.compile, device)
     ddp = data_parallel(compiled) if world_size > 1 else compiled
 
-    # optimizer (one, or several as one), and the precision of the matrix products
+    # optimizer
     optimizer = as_one(model.configure_optimizers(config.weight_decay, config.max_lr, device.type), config.max_lr)
-    dtype = choose_dtype(config.dtype, device)
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16's small gradients
-    gpu, peak_tflops = devices.name_and_peak(device)
-    print0(headline(config, model, f"{world_size} x {gpu}", peak_tflops, dtype, compiled is not model))
+    autocast, scaler = precision(config.dtype, device)
 
-    # a checkpoint: of objects the state_dict, which a resume loads; run adds step, tokens, val_loss and the commit
-    contents = {
-        "model": model, "optimizer": optimizer, "scaler": scaler, "config": asdict(model.config),
-        "train_config": asdict(config), "data": data.facts, "script": script_of(__file__),
-    }  # fmt: skip
-    run = Run(folder, contents, saved, config.max_steps, config.max_nonfinite, config.collective_timeout)
-    del saved  # frees its memory
+    # resume: a checkpoint holds these, of objects the state_dict; run adds step, tokens, val_loss, the code's version
+    contents = {"model": model, "optimizer": optimizer, "scaler": scaler, "data": data.facts}
+    contents |= {"config": asdict(model.config), "train_config": asdict(config)}
+    run = Run(__file__, folder, contents, saved, config.max_steps, config.max_nonfinite)
 
-    # memory: a micro-batch that fits on every rank, and how many of them make up a step
-    share, recompute = sequences // world_size, config.activation_checkpointing  # the sequences of each rank
-    also = partial(hellaswag.score, model, hella[-2:], device) if hella else None  # the longest of its items
-    B, note = fit_micro_batch(model, ddp, optimizer, config.micro_batch_size, share, T, recompute, autocast, also)
-    grad_accum_steps = share // B
-    print0(f"steps of {config.total_batch_size:,} tokens: micro-batches of {B} x {T}, {grad_accum_steps} a rank{note}")
-    loader = partial(DataLoaderLite, B, T, rank, world_size, data_root=data, vocab_size=model.config.vocab_size)
-    train_loader, val_loader = loader("train", seed=config.seed), loader("val") if config.val_every else None
-    train_loader.seek(run.tokens // T)
+    # batch: micro-batches that fit in memory, also beside HellaSwag's longest items, and how many make up a step
+    longest = partial(hellaswag.score, model, hella[-2:], device) if hella else None
+    B = rehearse(config, model, ddp, optimizer, autocast, device, world_size, longest)
+    grad_accum_steps = config.total_batch_size // (B * T * world_size)
+    V = model.config.vocab_size
+    train_loader = DataLoaderLite(B, T, rank, world_size, "train", data, V, config.seed, position=run.tokens // T)
 
     for step in run.steps():
         # once in a while (every val_every steps, and at the last one): the loss on tokens that are never trained on
         if run.due(config.val_every):
+            val_loader = DataLoaderLite(B, T, rank, world_size, "val", data, V)
             with run.clock.timing("validation"), autocast():
                 val_loss = evaluate_loss(compiled, val_loader, config.val_tokens // T, device, run.check_stop)
             run.record(val=val_loss)
@@ -597,7 +586,8 @@ def train(config, rank, local_rank, world_size, device, folder):
         # once in a while: can it pick the right ending of a story out of four?
         if hella and run.due(config.hellaswag_every):
             with run.clock.timing("HellaSwag"), autocast():
-                _, right, items = sum_over_ranks(hellaswag.evaluate(model, hella, device, run.check_stop)).tolist()
+                counts = hellaswag.evaluate(model, hella, device, run.check_stop)
+            _, right, items = mean_over_ranks(counts.float()).tolist()
             run.record(hella=right / items)
             run.say(f"HellaSwag {right / items:.4f}")
 
@@ -609,31 +599,32 @@ def train(config, rank, local_rank, world_size, device, folder):
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
-            folder.draw(step == config.max_steps)
+            folder.draw(last=step == config.max_steps)
 
         # once in a while: save everything needed to continue from here
         if step > 0 and run.due(config.checkpoint_every):
             run.save()
 
         if step == config.max_steps:
-            break  # the last weights are evaluated and saved, and not trained further
+            break  # the final weights are evaluated and saved
 
         # always: one step, its records in log.txt and with the tracker, and its line on the console
         lr = get_lr(step, config)
         before = train_loader.position
-        torch.manual_seed(step_seed(config.seed, step, rank))  # of dropout and the like: a resume draws the same again
+        torch.manual_seed(step_seed(config.seed, step, rank))  # of dropout and the like
         with run.clock.timing("training"):
             loss, norm, finite = train_step(
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
+        seconds = run.clock.last
         tokens = (train_loader.position - before) * T  # of all ranks
-        speed = tokens / run.clock.last  # tokens/s
-        mfu = speed * model.flops_per_token(T) / (world_size * (peak_tflops or math.inf) * 1e12)
-        run.record(train=loss, lr=lr, norm=norm, tokens_per_second=speed, mfu=mfu)
+        mfu = devices.mfu(tokens / seconds / world_size * model.flops_per_token(T), device)
+        run.record(train=loss, lr=lr, norm=norm, tokens_per_second=tokens / seconds, **({"mfu": mfu} if mfu else {}))
         if (config.log_every and step % config.log_every == 0) or not finite:
-            print0(step_line(step, config.max_steps, loss, lr, norm, finite, run.clock.last, speed, mfu))
+            left = run.time_left()
+            print0(step_line(step, config.max_steps, loss, lr, norm, finite, seconds, tokens / seconds, mfu, left))
         run.count(tokens, finite)
-    return run.finish(config, f"{world_size} x {gpu}", bool(hella))
+    return run.finish(config, f"{world_size} x {devices.name_of(device)}", scored=bool(hella))
 
 
 def main(config):
@@ -642,10 +633,15 @@ def main(config):
     Raises UserError for what the user can fix. A signal ends the run after it is saved: SystemExit, or
     KeyboardInterrupt for Ctrl-C.
     """
-    config = configs.check(config, max(1, torchrun_ranks()[2]), load.OPENAI_MODELS)
+    config = configs.check(config, max(1, distributed.torchrun_ranks()[2]), load.OPENAI_MODELS)
     folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
     with one_run(), process_group(config.device, config.collective_timeout) as ranks, folder:
-        return train(config, *ranks, folder)
+        rank, local_rank, world_size, device = ranks
+        if config.data_source and local_rank == 0:
+            fineweb.build_missing(config.data_source, config.data_dir)  # once per machine, while the other ranks wait
+        distributed.wait_for_all()
+        torch.manual_seed(config.seed)  # of the initial weights; later, each step has its own
+        return train(config, rank, local_rank, world_size, device, folder)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,18 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def name_and_peak(device):
-    """The device's name, and its PEAK_TFLOPS if known, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return name, peak_tflops(name)
+def name_of(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def mfu(flops, device):
+    """Model FLOPs utilization: FLOP per second as a fraction of the device's peak; None if that is not known."""
+    peak = peak_tflops(name_of(device))
+    return flops / (peak * 1e12) if peak else None
 
 
 def peak_tflops(name):
+    """PEAK_TFLOPS of a device's name, None if unknown."""
     if re.search(r"\b(Laptop|MIG|Max-Q|4090 D)\b", name):  # part of a chip, or slower than the card of that name
         return None
     return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)

@@ -2,7 +2,10 @@
 Helpers for the ranks of a run, beyond torch.distributed. Without torchrun there is a single rank.
 """
 
+import contextlib
 import hashlib
+import itertools
+import json
 import os
 import time
 import uuid
@@ -10,26 +13,25 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-SETUP_TIMEOUT = 1800  # seconds: building data, compiling and closing a tracker take a while
+from lib.console import Stopped, UserError, report
+
+PATIENCE = 1800  # seconds to wait for a rank that builds data, compiles, saves, or closes a tracker
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+meetings = {}  # of this process group: its store, and the numbers of the meetings
 
 
 def torchrun_ranks():
-    """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 0) without it."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if not all(os.environ.get(name) for name in (*names, "MASTER_ADDR", "MASTER_PORT")):
+    """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 0) without it. Raises UserError if they are set only
+    in part, since each rank would train alone."""
+    given = [name for name in NAMES if os.environ.get(name)]
+    if not {"RANK", "LOCAL_RANK"} & set(given) and os.environ.get("WORLD_SIZE") in (None, "", "1"):
         return 0, 0, 0
-    return tuple(int(os.environ[name]) for name in names)
-
-
-def new_store(rank, world_size, timeout):
-    """A fresh namespace in torchrun's store, the same on all ranks.
-
-    The store outlives a restart, with the addresses of dead ranks in it, and each machine counts its own restarts. So
-    each rank writes a random name. The hash of all names identifies this start once every rank has signed it; a hash
-    that includes a name from an earlier start is never signed by all.
-    """
-    store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
-    return store_of_this_start(store, rank, world_size, timeout)
+    if missing := [name for name in NAMES if name not in given]:
+        raise UserError(
+            f"{', '.join(given)} are set, but not {', '.join(missing)}: start with torchrun, set all of them, or unset "
+            "them"
+        )
+    return tuple(int(os.environ[name]) for name in NAMES[:3])
 
 
 def store_of_this_start(store, rank, world_size, timeout):
@@ -46,15 +48,48 @@ def store_of_this_start(store, rank, world_size, timeout):
     raise TimeoutError(f"not all {world_size} ranks started within {timeout} s")
 
 
-def set_timeout(seconds):
-    """Set how long ranks wait for one that is dead or hung."""
-    if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+def fresh_start(rank, world_size, timeout):
+    """What init_process_group needs to know: the rank, and a fresh namespace in torchrun's store, the same on all ranks.
+
+    The store outlives a restart, with the addresses of dead ranks in it, and each machine counts its own restarts. So
+    each rank writes a random name. The hash of all names identifies this start once every rank has signed it; a hash
+    that includes a name from an earlier start is never signed by all.
+    """
+    patience = max(60, timeout)  # ranks finish importing torch at different times
+    store = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))[0]
+    store = store_of_this_start(store, rank, world_size, patience)
+    meetings.update(store=store, numbers=itertools.count())
+    return {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(seconds=timeout)}
+
+
+@contextlib.contextmanager
+def leaving_together():
+    """Wait for all ranks on exit: one that leaves early would close connections that others use. A rank that fails does
+    not wait: it ends, and torchrun ends the others."""
+    try:
+        yield
+    except BaseException as error:
+        if dist.get_world_size() > 1 and not isinstance(error, Stopped):
+            os._exit(report(error))
+        part()
+        raise
+    part()
+
+
+def part():
+    wait_for_all()
+    dist.barrier()  # rank 0 may hold the store, and has to answer the others before it leaves
 
 
 def wait_for_all():
+    """Wait until all ranks have come here, for as long as one may be busy with something that is no training step: up
+    to PATIENCE, whatever the time limit of the process group."""
     if dist.is_initialized():
-        dist.barrier()
+        store = meetings["store"]
+        name = f"meeting {next(meetings['numbers'])}"
+        if store.add(name, 1) == dist.get_world_size():
+            store.set(f"{name} is over", "")
+        store.wait([f"{name} is over"], timedelta(seconds=PATIENCE))
 
 
 def sum_over_ranks(tensor):
@@ -73,9 +108,13 @@ def is_main_rank():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def from_rank_0(value):
-    """Return rank 0's value, plain data, on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+def from_rank_0(text):
+    """Return rank 0's text, or None, on every rank; as patient as wait_for_all."""
+    if not dist.is_initialized():
+        return text
+    store = meetings["store"]
+    name = f"text {next(meetings['numbers'])}"
+    if is_main_rank():
+        store.set(name, json.dumps(text))
+    store.wait([name], timedelta(seconds=PATIENCE))
+    return json.loads(store.get(name))

@@ -1,4 +1,4 @@
-"""Micro-batches that do not fit in memory."""
+"""Micro-batches that do not fit in rehearsal."""
 
 import re
 import sys
@@ -10,8 +10,8 @@ import torch
 from support import PROBES, flags_of, losses, run, write_shards
 
 from lib.console import UserError
-from lib.model import memory
-from lib.model.memory import fit_in_memory
+from lib.model import rehearsal
+from lib.model.rehearsal import fit_in_memory
 from train_gpt2 import GPT, GPTConfig, main
 
 
@@ -20,30 +20,30 @@ def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
     shape = dict(sequence_length=64, n_embd=64, total_batch_size=2 * 256 * 64, max_steps=2, val_every=0)
     main(tiny(log_dir=str(tmp_path / "free"), micro_batch_size=32, **shape))
     config = tiny(log_dir=str(tmp_path / "limited"), micro_batch_size=256, **shape)
-    result = run(PROBES / "limited_memory.py", *flags_of(config), ranks=2, timeout=100)
+    result = run(PROBES / "limited_rehearsal.py", *flags_of(config), ranks=2, timeout=100)
     assert result.returncode == 0, result.stdout
-    assert "256 do not fit in memory" in result.stdout
+    assert "reduced from 256: out of memory" in result.stdout
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
     assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 2
 
 
 def fail_where(monkeypatch, does_not_fit):
     """Let CUDA's error come from each rehearsal for which does_not_fit(model, micro-batch size)."""
-    rehearse = memory.rehearse
+    try_step = rehearsal.try_step
 
     def limited(model, optimizer, B, *args):
         if does_not_fit(model, B):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        rehearse(model, optimizer, B, *args)
+            raise torch.OutOfMemoryError("CUDA out of rehearsal. Tried to allocate 2.00 GiB")
+        try_step(model, optimizer, B, *args)
 
-    monkeypatch.setattr(memory, "rehearse", limited)
+    monkeypatch.setattr(rehearsal, "try_step", limited)
 
 
 def test_activation_checkpointing_comes_by_itself_where_nothing_else_fits(tiny, tmp_path, monkeypatch, capsys):
     main(tiny(log_dir=str(tmp_path / "free"), max_steps=6))
     fail_where(monkeypatch, lambda model, B: not model.activation_checkpointing or B > 1)
     main(tiny(log_dir=str(tmp_path / "limited"), max_steps=6))
-    said = "micro-batches of 1 x 32, 16 a rank, since 2 do not fit in memory, with activation checkpointing"
+    said = "micro-batches of 1 x 32, 16 per rank (reduced from 2: out of memory; activation checkpointing on)"
     assert said in capsys.readouterr().out
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
     assert limited == pytest.approx(free, abs=1e-5) and len(limited) == 6
@@ -57,9 +57,9 @@ def test_a_model_for_which_nothing_fits_is_refused(tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     "recompute, limit, found",
-    [(None, 2, (2, ", since 12 do not fit in memory")), (False, 2, (2, ", since 12 do not fit in memory")),
-     (True, 12, (12, ", with activation checkpointing")),
-     (None, 0, (4, ", since 12 do not fit in memory, with activation checkpointing"))],
+    [(None, 2, (2, " (reduced from 12: out of memory)")), (False, 2, (2, " (reduced from 12: out of memory)")),
+     (True, 12, (12, " (activation checkpointing on)")),
+     (None, 0, (4, " (reduced from 12: out of memory; activation checkpointing on)"))],
 )  # fmt: skip
 def test_the_largest_power_of_two_that_divides_the_rows(recompute, limit, found):
     tried = []
@@ -67,7 +67,7 @@ def test_the_largest_power_of_two_that_divides_the_rows(recompute, limit, found)
     def attempt(size, recompute):
         tried.append(size)
         if size > (limit or 4 * recompute):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError("CUDA out of rehearsal. Tried to allocate 2.00 GiB")
 
     assert fit_in_memory(attempt, 12, 24, recompute, torch.device("cpu")) == found
     assert tried == {2: [12, 8, 4, 2], 12: [12], 0: [12, 8, 4, 2, 1, 12, 8, 4]}[limit]
@@ -104,18 +104,19 @@ def test_activation_checkpointing_keeps_less_and_changes_no_gradient():
 def test_on_a_cpu_a_size_is_compared_with_the_free_memory_and_said_before_it_is_tried(tiny, monkeypatch, capsys):
     model = GPT(GPTConfig(32, 512, 2, 2, 32))
     model.fast_loss = True  # as a run takes it
-    room = (memory.cpu_bytes(model, 2 * 32, False, True) + memory.cpu_bytes(model, 4 * 32, False, True)) / 2
-    monkeypatch.setattr(memory, "free_memory", lambda: room)
+    room = (rehearsal.cpu_bytes(model, 2 * 32, False, True) + rehearsal.cpu_bytes(model, 4 * 32, False, True)) / 2
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: room)
     main(tiny(max_steps=1, micro_batch_size=16))
     out = capsys.readouterr().out
-    assert "micro-batches of 2 x 32, 8 a rank, since 16 do not fit in memory" in out
-    said = re.findall(r"micro-batches of (\d+) x 32 take about [\d.]+ GB", out)
-    assert said == ["16", "8", "4", "2"] and out.index("take about") < out.index("steps of 512 tokens")
+    assert "micro-batches of 2 x 32, 8 per rank (reduced from 16: out of memory)" in out
+    said = re.findall(r"micro-batches of (\d+) x 32: [\d.]+ GB needed, [\d.]+ free(: too much)?", out)
+    assert [size for size, too_much in said if too_much] == ["16", "8", "4"] and said[3:] == [("2", "")]
+    assert out.index("needed") < out.index("steps of 512 tokens")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_a_cpu_needs_is_known_beforehand():
-    result = run(PROBES / "cpu_memory.py")
+    result = run(PROBES / "cpu_rehearsal.py")
     assert result.returncode == 0, result.stdout
     grew, expected = map(float, result.stdout.split())
     assert 0.7 * grew < expected < 1.5 * grew
@@ -136,6 +137,6 @@ def test_the_limits_of_all_control_groups_count(version, tmp_path, monkeypatch):
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(memory, "Path", lambda first, *more: Path(tmp_path, first.lstrip("/"), *more))
+    monkeypatch.setattr(rehearsal, "Path", lambda first, *more: Path(tmp_path, first.lstrip("/"), *more))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.free_memory() == (5_000_000 - 3_000_000 + 500_000) / 2
+    assert rehearsal.free_memory() == (5_000_000 - 3_000_000 + 500_000) / 2

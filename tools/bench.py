@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/bench.py works, too
 from lib.console import UserError, run_as_command, say
-from lib.device import name_and_peak
+from lib.device import name_of, peak_tflops
 from lib.files import expand
 from lib.tokenizer import VOCAB_SIZE
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, choose_dtype
@@ -135,7 +135,8 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TrainConfig(**PRESETS["gpt2" if device.type == "cuda" else "demo"])
     names = [name for name in LADDER if device.type == "cuda" or name not in CUDA_ONLY]
-    name, peak = name_and_peak(device)
+    name = name_of(device)
+    peak = peak_tflops(name)
     figures = {"device": name, "torch": f"torch {torch.__version__}", "peak_tflops": peak, "batch": args.batch}
     say(figures)
     shape = (args.batch, config.sequence_length + 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/plan.py works, too
 from lib.config import check, parse_args
 from lib.console import UserError, run_as_command, say
-from lib.data.stream import count_tokens
+from lib.data.folder import count_tokens
 from lib.device import PEAK_TFLOPS
 from lib.model.load import OPENAI_MODELS, on_meta
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig

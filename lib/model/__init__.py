@@ -1,6 +1,6 @@
-"""Weights in and out, and what they cost."""
+"""Weights in, and the rehearsal of a run."""
 
-from lib.model.cpu_loss import fast_loss
-from lib.model.memory import fit_micro_batch
+from lib.model import load
+from lib.model.rehearsal import rehearse
 
-__all__ = ["fast_loss", "fit_micro_batch"]
+__all__ = ["load", "rehearse"]

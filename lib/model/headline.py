@@ -4,22 +4,28 @@ What a run prints at its start.
 
 import torch
 
+from lib.device import name_of, peak_tflops
 
-def headline(c, model, devices, peak_tflops, dtype, compiled):
+
+def headline(c, model, device, world_size, autocast, compiled):
     """The model, the devices and the size of a run with the settings c, and warnings: if a CPU would need more than a
     day, and if the warm-up is longer than the run."""
+    name = name_of(device)
+    with autocast():
+        is_16_bit = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_16_bit else torch.float32
     n = sum(p.numel() for p in model.parameters())
     tokens = c.max_steps * c.total_batch_size
     flops = tokens * model.flops_per_token(c.sequence_length)
     lines = [
-        f"GPT-2, {n:,} parameters, on {devices}, {dtype}, compile {'on' if compiled else 'off'}, "
+        f"GPT-2, {n:,} parameters, on {world_size} x {name}, {dtype}, compile {'on' if compiled else 'off'}, "
         f"torch {torch.__version__}",
         f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} per parameter, "
         f"{flops:.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB",
     ]
-    if peak_tflops:
-        lines.append(f"MFU is 6N + 6LCT FLOP per token over {peak_tflops} TFLOP/s (datasheet)")
-    if "CPU" in devices and flops > 1e17:
+    if peak := peak_tflops(name):
+        lines.append(f"MFU is 6N + 6LCT FLOP per token over {peak} TFLOP/s (datasheet)")
+    if device.type == "cpu" and flops > 1e17:
         lines.append("warning: expect a day or more on a CPU: check nvidia-smi if you have a GPU, or try --preset demo")
     if c.warmup_steps > c.max_steps > 0:
         lines.append(

@@ -208,23 +208,25 @@ def load_model(name, model_class, config_class):
     return rebuild(contents, *script_classes(contents, model_class, config_class))
 
 
-def initial_model(init_from, wanted, checkpoint, model_class):
-    """The model that a run starts with, on the CPU: from its own checkpoint, from scratch with the config `wanted`, or
-    from other weights, which must support its sequence length and vocabulary."""
+def initial_model(config, wanted, checkpoint, model_class, device):
+    """(the model that a run starts with, the settings as they then are): from its own checkpoint, from scratch with the
+    config `wanted`, or from other weights, which must support its sequence length and vocabulary, and whose sizes it
+    takes."""
     wanted = plain(wanted)
     if checkpoint:
-        return rebuild(checkpoint, model_class, type(wanted))
-    if init_from == "scratch":
-        return model_class(wanted)
-    print0(f"starting from {init_from}")
-    model = rebuild(read_model(init_from), model_class, type(wanted), wanted)
-    T, V = wanted.block_size, wanted.vocab_size
-    if model.config.block_size < T or model.config.vocab_size < min(V, VOCAB_SIZE):  # OpenAI's have no padded ids
-        raise UserError(
-            f"{init_from} has a block_size of {model.config.block_size} and a vocab_size of {model.config.vocab_size}: "
-            f"lower sequence_length from {T} and vocab_size from {V} to these"
-        )
-    return model
+        model = rebuild(checkpoint, model_class, type(wanted))
+    elif config.init_from == "scratch":
+        model = model_class(wanted)
+    else:
+        print0(f"starting from {config.init_from}")
+        model = rebuild(read_model(config.init_from), model_class, type(wanted), wanted)
+        T, V = wanted.block_size, wanted.vocab_size
+        if model.config.block_size < T or model.config.vocab_size < min(V, VOCAB_SIZE):  # OpenAI's have no padded ids
+            raise UserError(
+                f"{config.init_from} has a block_size of {model.config.block_size} and a vocab_size of "
+                f"{model.config.vocab_size}: lower sequence_length from {T} and vocab_size from {V} to these"
+            )
+    return model.to(device), as_loaded(config, model.config)
 
 
 def as_loaded(config, model_config):

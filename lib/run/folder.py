@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,13 +58,12 @@ class RunFolder:
         if any(name == "log.txt" or NAME.fullmatch(name) for name in names):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
-    def open(self, mmap=False):
-        """Lock the folder for this run; return its newest complete checkpoint, None if there is none.
-
-        mmap: its tensors stay on disk until they are used, and the ranks of a machine share their memory.
-        """
-        path = from_rank_0(self.lock() if is_main_rank() else None)
-        return load_checkpoint(path, mmap=mmap) if path else None
+    def open(self, config):
+        """Lock the folder for this run. Returns (config, its newest complete checkpoint or None); the config of a
+        resumed run says what it was started from."""
+        path = from_rank_0(str(self.lock() or "") if is_main_rank() else None)
+        checkpoint = load_checkpoint(path, mmap=True) if path else None  # the ranks of a machine share its memory
+        return replace(config, init_from=self.begun_from(config.init_from, checkpoint)), checkpoint
 
     def lock(self):
         """Lock the folder; return the path of its newest complete checkpoint, None if there is none.

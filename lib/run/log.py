@@ -5,8 +5,9 @@ log.txt, its kinds of records, and the clock. Lines are written complete; a full
 import contextlib
 import os
 import re
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import torch
 
@@ -32,7 +33,16 @@ def number_of(kind, value):
 
 
 class Stopwatch(Counter):
-    """Seconds by activity; as a string, the share of each. `last`: the seconds of the latest."""
+    """Seconds by activity; as a string, the share of each. `last`: the seconds of the latest; recent: of the latest
+    training steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.recent = deque(maxlen=101)
+
+    @property
+    def median(self):
+        return statistics.median(self.recent)
 
     @contextlib.contextmanager
     def timing(self, what):
@@ -42,6 +52,8 @@ class Stopwatch(Counter):
             torch.cuda.synchronize()
         self.last = time.perf_counter() - start
         self[what] += self.last
+        if what == "training":
+            self.recent.append(self.last)
 
     def __str__(self):
         return ", ".join(f"{what} {seconds / self.total():.1%}" for what, seconds in self.most_common())

@@ -8,42 +8,48 @@ import signal
 
 from lib.checkpoint import check_plain, set_aside
 from lib.console import Interrupted, Stopped, UserError, print0
-from lib.distributed import SETUP_TIMEOUT, from_rank_0, is_main_rank, set_timeout, wait_for_all
+from lib.distributed import from_rank_0, is_main_rank, wait_for_all
 from lib.optimizers import parts_of, settings_of
 from lib.run import summary
-from lib.run.code import code_version
-from lib.run.log import METRICS, Stopwatch, number_of
+from lib.run.code import code_version, script_of
+from lib.run.log import METRICS, Stopwatch, number_of, time_text
 from lib.run.resume import compare_runs, restore
 from lib.run.signals import catch_signals
 
 # the entries of a checkpoint that are Run's own
-OWN = ("step", "tokens", "val_loss", "nonfinite", "seconds", "commit", "optimizer_settings")
+OWN = ("step", "tokens", "val_loss", "nonfinite", "seconds", "script", "commit", "optimizer_settings")
 
 
 class Run:
     """A run, from its checkpoint on, or from step 0 without one.
 
-    contents: what a checkpoint holds besides OWN, by name: objects with a state_dict, which a resume restores, and
-    plain data. max_nonfinite: the run ends after this many consecutive steps without a finite loss and gradient.
-    timeout: seconds to wait for a dead or hung rank after the first step.
+    script: the path of the training script. contents: what a checkpoint holds besides OWN, by name: objects with a
+    state_dict, which a resume restores, and plain data. max_nonfinite: the run ends after this many consecutive steps
+    without a finite loss and gradient.
 
     step: optimizer steps done; tokens: those trained on; metrics: the latest of each.
     """
 
-    def __init__(self, folder, contents, checkpoint, max_steps, max_nonfinite, timeout):
+    def __init__(self, script, folder, contents, checkpoint, max_steps, max_nonfinite):
         if taken := [name for name in OWN if name in contents]:
             raise UserError(f"{', '.join(taken)}: a checkpoint has an entry of that name already, choose another")
-        self.folder, self.max_steps, self.max_nonfinite, self.timeout = folder, max_steps, max_nonfinite, timeout
+        self.folder = folder
+        self.max_steps = max_steps
+        self.max_nonfinite = max_nonfinite
         self.parts = {name: part for name, part in contents.items() if hasattr(part, "state_dict")}
         self.facts = {name: part for name, part in contents.items() if name not in self.parts}
-        self.facts |= {"commit": code_version(), "optimizer_settings": settings_of(contents["optimizer"])}
-        self.step, self.tokens, self.nonfinite, self.metrics = 0, 0, 0, {"val_loss": None}
+        self.facts |= {"script": script_of(script), "commit": code_version()}
+        self.facts["optimizer_settings"] = settings_of(contents["optimizer"])
+        self.step = self.tokens = self.nonfinite = 0
+        self.metrics = {"val_loss": None}
         self.before_due = None  # the states before what is due at this step
-        self.clock, self.timed_from = Stopwatch(), 0
+        self.clock = Stopwatch()
+        self.timed_from = 0
         settings = contents["train_config"]
         if checkpoint:
             changes = compare_runs(checkpoint, self.facts)
-            self.step, self.nonfinite = checkpoint["step"], checkpoint.get("nonfinite", 0)
+            self.step = checkpoint["step"]
+            self.nonfinite = checkpoint.get("nonfinite", 0)
             self.tokens = checkpoint.get("tokens", self.step * settings["total_batch_size"])
             self.metrics["val_loss"] = checkpoint.get("val_loss")
             self.clock.update(checkpoint.get("seconds", {}))
@@ -55,6 +61,7 @@ class Run:
         self.check_contents()
         if is_main_rank():
             folder.begin(self.step, settings)
+        wait_for_all()  # a tracker may take a while to start
         folder.on_stop = self.save_stopped
         self.caught = catch_signals()
 
@@ -62,12 +69,12 @@ class Run:
         """Yield the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
         first = self.step
         for step in range(first, self.max_steps + 1):
-            self.step, self.before_due = step, None
+            self.step = step
+            self.before_due = None
             self.check_stop()
             yield step
             if step == first:
                 self.check_contents()  # again, since most optimizers have their state now
-                set_timeout(self.timeout)
 
     def due(self, every):
         """Whether something done every so many steps before the update is due at this one; at the last step, everything
@@ -103,6 +110,10 @@ class Run:
         if is_main_rank():
             self.folder.record(self.step, values)
 
+    def time_left(self):
+        """The time that the remaining steps take, at the median speed of the last ones, as text."""
+        return time_text(self.clock.median * max(0, self.max_steps - self.step - 1))
+
     def count(self, tokens, finite):
         """Count the tokens of a step, and the consecutive steps whose update was skipped. After max_nonfinite of these,
         end the run and set their checkpoints aside, so that a resume starts before them."""
@@ -111,10 +122,10 @@ class Run:
         if self.nonfinite < self.max_nonfinite:
             return
         first = self.step + 1 - self.nonfinite
-        before = from_rank_0(set_aside(self.folder.path, first) if is_main_rank() else None)
+        before = from_rank_0(str(set_aside(self.folder.path, first) or "step 0") if is_main_rank() else None)
         raise UserError(
             f"loss or gradient was NaN or infinite in steps {first}-{self.step}: try a lower max_lr or --dtype "
-            f"float32, and --init_from resume, which continues from {before or 'step 0'}"
+            f"float32, and --init_from resume, which continues from {before}"
         )
 
     def contents(self):
@@ -143,12 +154,10 @@ class Run:
     def save(self):
         """Save a checkpoint; if that fails, warn and go on. The other ranks wait, for as long as a slow disk takes."""
         with self.clock.timing("checkpoints"):
-            set_timeout(max(SETUP_TIMEOUT, self.timeout))
             contents = self.contents()
             if is_main_rank():
                 self.folder.save(contents)
             wait_for_all()
-            set_timeout(self.timeout)
 
     def check_stop(self):
         """Raise Stopped, on all ranks together, if any of them received a signal to stop. The run is saved on the way

@@ -4,9 +4,7 @@ import contextlib
 import re
 from pathlib import Path
 
-import torch
-
-from lib.model import memory
+from lib.model import rehearsal
 from lib.model.cpu_loss import chunked_cross_entropy
 from train_gpt2 import GPT, GPTConfig
 
@@ -18,7 +16,7 @@ def status(name):
 model = GPT(GPTConfig(256, 8192, 3, 4, 256))
 model.fast_loss = chunked_cross_entropy
 optimizer = model.configure_optimizers(0.1, 1e-3, "cpu")
-memory.make_moments(optimizer)
+rehearsal.make_moments(optimizer)
 B, before = 24, status("VmRSS")
-memory.rehearse(model, optimizer, B, 256, 8192, torch.device("cpu"), contextlib.nullcontext)
-print(status("VmHWM") - before, memory.cpu_bytes(model, B * 256, False, False))
+rehearsal.try_step(model, optimizer, B, 256, contextlib.nullcontext)
+print(status("VmHWM") - before, rehearsal.cpu_bytes(model, B * 256, False, False))

@@ -9,9 +9,9 @@ import resource
 from pathlib import Path
 
 import train_gpt2
-from lib.model import memory
+from lib.model import rehearsal
 
-rehearse, (soft, hard) = memory.rehearse, resource.getrlimit(resource.RLIMIT_AS)
+try_step, (soft, hard) = rehearsal.try_step, resource.getrlimit(resource.RLIMIT_AS)
 
 
 def limited(*args):
@@ -19,10 +19,10 @@ def limited(*args):
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_AS, (now + (80 << 20), hard))
     try:
-        rehearse(*args)
+        try_step(*args)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-memory.rehearse = limited
+rehearsal.try_step = limited
 train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())

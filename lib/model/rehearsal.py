@@ -1,5 +1,5 @@
 """
-The largest micro-batch that fits in memory, found by a rehearsal before the first step.
+The rehearsal of a run: whether a faster loss computes the same, and the largest micro-batch that fits in memory.
 """
 
 import contextlib
@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.console import UserError, say
-from lib.distributed import sum_over_ranks
-from lib.model.cpu_loss import CHUNK
+from lib.console import UserError, print0
+from lib.distributed import sum_over_ranks, wait_for_all
+from lib.model.cpu_loss import CHUNK, fast_loss
+from lib.model.headline import headline
 from lib.model.trial import restored
 from lib.optimizers import make_moments, parts_of, state_like
 
@@ -57,28 +58,29 @@ def cpu_bytes(gpt, tokens, checkpointing, fresh):
     return 4 * (n * (3 if fresh else 1) + vectors * tokens * c.n_embd + c.vocab_size * (4 * c.n_embd + logits))
 
 
-def rehearse(model, optimizer, B, T, vocab_size, device, autocast, count=2, also=None):
-    """Allocate the most that a run needs: `count` micro-batches of B x T tokens, the second beside the gradients of the
-    first; one of validation, whose float32 logits can take more than all activations of a small model; and what also()
-    needs. Weights, buffers and random states do not change."""
-    is_ddp = isinstance(model, DistributedDataParallel)
+def try_step(ddp, optimizer, B, T, autocast, micro_steps=2, also=None):
+    """Allocate the most that a run needs: micro-batches of B x T tokens, the second beside the gradients of the first;
+    one of validation, whose float32 logits can take more than all activations of a small model; and what also()
+    needs."""
+    is_ddp = isinstance(ddp, DistributedDataParallel)
+    model = ddp.module if is_ddp else ddp
+    device = next(model.parameters()).device
     spare = torch.empty(SPARE if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     state = state_like(optimizer)
-    x = torch.arange(B * T, device=device).remainder(vocab_size).view(B, T)
+    x = torch.arange(B * T, device=device).remainder(model.config.vocab_size).view(B, T)
     y = x.clone()  # one tensor as both arguments would be compiled separately
-    with getattr(model, "no_sync", contextlib.nullcontext)():  # what fits may differ between ranks here
-        for _ in range(count):
+    with getattr(ddp, "no_sync", contextlib.nullcontext)():  # ranks may fail at different sizes
+        for _ in range(micro_steps):
             with autocast():
-                _, loss = model(x, y, return_logits=False)
+                _, loss = ddp(x, y, return_logits=False)
             loss.backward()
     optimizer.zero_grad(set_to_none=not is_ddp)
-    alone = model.module if is_ddp else model
-    alone.eval()
+    model.eval()
     with torch.no_grad(), autocast():
-        alone(x, y, return_logits=False)
+        model(x, y, return_logits=False)
         if also:
             also()
-    alone.train()
+    model.train()
     del spare, state
 
 
@@ -108,9 +110,11 @@ def fit_in_memory(attempt, size, total, recompute, device):
                 if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
                     raise
                 short = 1
+            wait_for_all()  # compiling takes one rank longer than another
             if sum_over_ranks(torch.tensor(short, device=device)).item() == 0:
-                why = f", since {size} do not fit in memory" if n < size else ""
-                return n, why + (", with activation checkpointing" if checkpointing else "")
+                why = [f"reduced from {size}: out of memory"] if n < size else []
+                why += ["activation checkpointing on"] if checkpointing else []
+                return n, f" ({'; '.join(why)})" if why else ""
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -119,33 +123,44 @@ def fit_in_memory(attempt, size, total, recompute, device):
     raise UserError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
-def fit_micro_batch(gpt, model, optimizer, B, sequences, T, activation_checkpointing, autocast, also=None):
-    """Return (the micro-batch size to use, note for the user): B, or less if that does not fit beside the model and its
-    optimizer on every rank. It divides `sequences`, those of a rank in a step. `model` is `gpt`, or wraps it.
-    also: computes, in eval mode, what a run on a GPU needs memory for besides training and validation."""
+def rehearse(config, model, ddp, optimizer, autocast, device, world_size, also):
+    """Try out a run before step 0, and print what it is. Sets the model's fast_loss, if it computes the same as
+    forward(); returns the size of the micro-batches: config's, or less if that does not fit in memory on every rank
+    beside the model and its optimizer. It divides the sequences of a rank in a step. `ddp` is `model`, or wraps it.
 
-    is_ddp, device = isinstance(model, DistributedDataParallel), next(gpt.parameters()).device
+    also: computes, in eval mode, what a run on a GPU needs memory for besides training and validation. Weights, buffers
+    and random states do not change.
+    """
+    T = config.sequence_length
+    share = config.total_batch_size // (T * world_size)  # sequences of each rank in a step
+    is_ddp = isinstance(ddp, DistributedDataParallel)
     is_fresh = not any(part.state for part in parts_of(optimizer))
+    is_compiled = (ddp.module if is_ddp else ddp) is not model
+    print0(headline(config, model, device, world_size, autocast, is_compiled))
+    model.fast_loss = fast_loss(model)
     make_moments(optimizer)
 
     def attempt(size, recompute):
-        gpt.activation_checkpointing = recompute
+        model.activation_checkpointing = recompute
         if device.type == "cpu":  # Linux grants every allocation and kills the process when it is written to
-            takes, free = cpu_bytes(gpt, size * T, recompute, is_fresh), free_memory()
-            if takes > free / 4 and not int(os.environ.get("RANK") or 0):
-                need = f"about {takes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free"
-                say(f"micro-batches of {size} x {T} take {need}")
-            if takes > free:
+            needed, free = cpu_bytes(model, size * T, recompute, is_fresh), free_memory()
+            if needed > free / 4:
+                verdict = ": too much" if needed > free else ""
+                print0(f"micro-batches of {size} x {T}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free{verdict}")
+            if needed > free:
                 raise RuntimeError("out of memory")
         try:
-            micro_steps, more = min(2, sequences // size), also if device.type == "cuda" else None
-            rehearse(model, optimizer, size, T, gpt.config.vocab_size, device, autocast, micro_steps, more)
+            try_step(ddp, optimizer, size, T, autocast, min(2, share // size), also if device.type == "cuda" else None)
         finally:
             optimizer.zero_grad(set_to_none=not is_ddp)
-            if device.type == "cuda":  # the compiler timed kernels that overwrite the logits on a copy in host memory
-                torch._C._host_emptyCache()
+            if device.type == "cuda":  # autotuning copies in-place inputs to pinned host memory
+                torch.accelerator.empty_host_cache()
 
-    with restored(gpt):
+    with restored(model):
         if is_ddp or device.type == "cuda":
-            warm_up(model, device)
-        return fit_in_memory(attempt, min(B, sequences), sequences, activation_checkpointing, device)
+            warm_up(ddp, device)
+        B = min(config.micro_batch_size, share)
+        size, why = fit_in_memory(attempt, B, share, config.activation_checkpointing, device)
+    batch = f"micro-batches of {size} x {T}, {share // size} per rank{why}"
+    print0(f"steps of {config.total_batch_size:,} tokens: {batch}")
+    return size
