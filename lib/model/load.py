@@ -140,6 +140,7 @@ def initial_model(init_from, model_config, checkpoint, model_class):
         return rebuild(checkpoint, model_class, type(model_config))
     if init_from == "scratch":
         return model_class(model_config)
+    init_from = init_from if init_from in OPENAI_MODELS else newest_checkpoint(init_from)
     print0(f"starting from {init_from}")
     model = load_model(init_from, model_class, type(model_config))
     T, V = model_config.block_size, model_config.vocab_size
