@@ -44,11 +44,11 @@ def default_device():
 
 
 def check_device(name):
-    """Raise UserError if torch has no device of that name here."""
+    """Raise UserError if torch cannot use a device of that name."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise UserError(f"no device {name!r} here, choose cuda, mps or cpu with -d: {str(error):.80}") from None
+        raise UserError(f"cannot use device {name!r}: {str(error):.200}. Choose cuda, mps or cpu with -d") from None
 
 
 def choose_device(name, local_rank, in_group):
@@ -94,10 +94,10 @@ def compile_model(model, wanted, device):
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel needs all that the others need
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+        reason = str(error).split("\n")[0]
         say(
-            f"warning: torch.compile is off: {reason}. It needs a C++ compiler and Python.h (apt-get install g++ "
-            "python3-dev), on CUDA also triton and a GPU of compute capability 7.0"
+            f"warning: torch.compile is off: {type(error).__name__}: {reason} If the machine has no C++ compiler or no "
+            "Python.h, apt-get install g++ python3-dev; on CUDA it also needs triton and compute capability 7.0"
         )
         return model
     return torch.compile(model, dynamic=False)

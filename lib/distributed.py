@@ -49,7 +49,7 @@ def store_of_this_start(store, rank, world_size, timeout):
 
 
 def fresh_start(rank, world_size, timeout):
-    """What init_process_group needs to know: the rank, and a fresh namespace in torchrun's store, the same on all ranks.
+    """What init_process_group needs: the rank, and a fresh namespace in torchrun's store, the same on all ranks.
 
     The store outlives a restart, with the addresses of dead ranks in it, and each machine counts its own restarts. So
     each rank writes a random name. The hash of all names identifies this start once every rank has signed it; a hash

@@ -3,6 +3,7 @@ Several optimizers as one, and loading their state from a checkpoint that may be
 """
 
 import torch
+from torch.optim import AdamW
 
 from lib.console import UserError
 
@@ -58,7 +59,7 @@ def settings_of(optimizer):
 def make_moments(optimizer):
     """Allocate AdamW's moments now. Allocated in the first step, they fragment memory, and the rehearsal no longer
     predicts the peak."""
-    for part in [part for part in parts_of(optimizer) if type(part) is torch.optim.AdamW]:
+    for part in [part for part in parts_of(optimizer) if type(part) is AdamW]:
         for group in [group for group in part.param_groups if not group["amsgrad"]]:
             for p in [p for p in group["params"] if p.requires_grad and not part.state[p]]:
                 step = torch.zeros((), device=p.device if group["fused"] or group["capturable"] else "cpu")
@@ -78,9 +79,13 @@ def state_like(optimizer):
     ]
 
 
-def check_adamw(optimizer, state):
-    """Raise ValueError unless the state has the shapes of the parameters: AdamW's fused kernel would read beyond."""
+def check_adamw(optimizer, state, trained):
+    """Raise ValueError unless the state has the shapes of the parameters, beyond which the fused kernel would read, and
+    moments for each of them, if it is `trained`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    without = [index for index, p in enumerate(parameters) if p.requires_grad and index not in state["state"]]
+    if trained and without:
+        raise ValueError(f"it has no moments of parameters {without[:9]}")
     for index, moments in state["state"].items():
         for name, value in moments.items():
             expected = () if name == "step" else tuple(parameters[index].shape)
@@ -90,8 +95,8 @@ def check_adamw(optimizer, state):
             raise ValueError(f"parameter {index} has no {', '.join(sorted(missing))}")
 
 
-def load_optimizer(optimizer, state, settings=None):
-    """Load a state_dict into an optimizer.
+def load_optimizer(optimizer, state, trained, settings=None):
+    """Load a state_dict into an optimizer; trained: whether it has made a step.
 
     settings: settings_of the optimizer that the run began with. Where this optimizer differs from them, the user has
     changed a setting since, and the new value is kept; without them, its own settings are kept. Raises UserError if the
@@ -102,10 +107,10 @@ def load_optimizer(optimizer, state, settings=None):
             settings = iter(settings or [])
             for part, its_state in zip(optimizer.optimizers, state["optimizers"], strict=True):
                 its_settings = [group for _, group in zip(part.param_groups, settings, strict=False)]
-                load_optimizer(part, its_state, its_settings)
+                load_optimizer(part, its_state, trained, its_settings)
             return
-        if isinstance(optimizer, torch.optim.AdamW):
-            check_adamw(optimizer, state)
+        if isinstance(optimizer, AdamW):
+            check_adamw(optimizer, state, trained)
         groups = []
         for i, (theirs, own) in enumerate(zip(state["param_groups"], optimizer.param_groups, strict=True)):
             began = settings[i] if settings else {}

@@ -292,8 +292,8 @@ def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp
     for change, words in (
         ({"--limit": 0}, "--limit is 0: it must be 1 or more"),
         ({"--limit": -3}, "--limit is -3"),
-        ({"-d": "banana"}, "no device 'banana' here"),
-        *([] if torch.cuda.is_available() else [({"-d": "cuda"}, "no device 'cuda' here, choose")]),
+        ({"-d": "banana"}, "cannot use device 'banana'"),
+        *([] if torch.cuda.is_available() else [({"-d": "cuda"}, "cannot use device 'cuda'")]),
         ({"--data": tmp_path / "empty.jsonl"}, "empty.jsonl is empty"),
         ({"--data": tmp_path}, "cannot read"),
         ({"-m": "gpt5"}, "gpt2-xl"),

@@ -20,7 +20,7 @@ def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
     shape = dict(sequence_length=64, n_embd=64, total_batch_size=2 * 256 * 64, max_steps=2, val_every=0)
     main(tiny(log_dir=str(tmp_path / "free"), micro_batch_size=32, **shape))
     config = tiny(log_dir=str(tmp_path / "limited"), micro_batch_size=256, **shape)
-    result = run(PROBES / "limited_rehearsal.py", *flags_of(config), ranks=2, timeout=100)
+    result = run(PROBES / "limited_memory.py", *flags_of(config), ranks=2, timeout=100)
     assert result.returncode == 0, result.stdout
     assert "reduced from 256: out of memory" in result.stdout
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))
@@ -33,7 +33,7 @@ def fail_where(monkeypatch, does_not_fit):
 
     def limited(model, optimizer, B, *args):
         if does_not_fit(model, B):
-            raise torch.OutOfMemoryError("CUDA out of rehearsal. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         try_step(model, optimizer, B, *args)
 
     monkeypatch.setattr(rehearsal, "try_step", limited)
@@ -67,7 +67,7 @@ def test_the_largest_power_of_two_that_divides_the_rows(recompute, limit, found)
     def attempt(size, recompute):
         tried.append(size)
         if size > (limit or 4 * recompute):
-            raise torch.OutOfMemoryError("CUDA out of rehearsal. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     assert fit_in_memory(attempt, 12, 24, recompute, torch.device("cpu")) == found
     assert tried == {2: [12, 8, 4, 2], 12: [12], 0: [12, 8, 4, 2, 1, 12, 8, 4]}[limit]
@@ -116,7 +116,7 @@ def test_on_a_cpu_a_size_is_compared_with_the_free_memory_and_said_before_it_is_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_a_cpu_needs_is_known_beforehand():
-    result = run(PROBES / "cpu_rehearsal.py")
+    result = run(PROBES / "cpu_memory.py")
     assert result.returncode == 0, result.stdout
     grew, expected = map(float, result.stdout.split())
     assert 0.7 * grew < expected < 1.5 * grew

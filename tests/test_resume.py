@@ -384,6 +384,6 @@ def test_moments_of_another_kind_of_device_go_where_the_fused_kernel_needs_them(
     old.step()
     new = torch.optim.AdamW(torch.nn.Linear(2, 2, device="meta").parameters())
     new.param_groups[0]["fused"] = True
-    load_optimizer(new, old.state_dict())
+    load_optimizer(new, old.state_dict(), trained=True)
     assert {moment.device.type for state in new.state.values() for moment in state.values()} == {"meta"}
     assert new.param_groups[0]["fused"] is True

@@ -173,7 +173,7 @@ REFUSALS = {
     "top_p is 0": {"top_p": 0.0},
     "top_k is -1": {"top_k": -1},
     "num_samples is 0": {"num_samples": 0},
-    "no device 'gpu' here": {"device": "gpu"},
+    "cannot use device 'gpu'": {"device": "gpu"},
     "Name another file": {"prompt": "FILE:nowhere"},
     "not UTF-8 text": {"prompt": "a\udcff"},
     "is not a checkpoint, a log_dir, an exported folder": {"model": "nowhere"},

@@ -150,8 +150,8 @@ def lay_out(figure, wide, small):
     return places
 
 
-def draw(runs, peers, out, peers_step=524288):
-    """Draw runs, of read_run, and peers, of published, into a picture. peers_step: the tokens of a step of theirs."""
+def draw(runs, peers, out):
+    """Draw runs, of read_run, and peers, of published, into a picture."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -159,7 +159,7 @@ def draw(runs, peers, out, peers_step=524288):
     curves = [curve for i, run in enumerate(runs) for curve in curves_of_run(run, f"C{i % 10}")]
     # to the end of the runs, or else of the published ones
     of_peers = [tokens for peer in peers for tokens, _ in peer.val if tokens]
-    steps = {run.tokens_per_step for run in runs} or {peers_step}
+    steps = {run.tokens_per_step for run in runs} or {524288}  # the published runs'
     end = max([tokens.max() for _, tokens, _, _ in curves] or of_peers or [0]) or max(steps)
     for i, peer in enumerate(peers):
         curves += curves_of_peer(peer, f"{0.3 + 0.2 * (i % 3):.1f}" if runs else f"C{i % 10}", end)
@@ -207,8 +207,10 @@ def main(argv=None):
     for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
         run.name = str(run.path)
     kinds = {(run.size, run.dataset) for run in runs} or {(args.size, args.dataset)}
-    peers = [peer for kind in sorted(kinds) for peer in published(*kind)]
-    draw(runs, peers, expand(args.out))
+    peers = {}  # each one once, with its losses if one of the runs has its data
+    for peer in [peer for kind in sorted(kinds) for peer in published(*kind)]:
+        peers[peer.name] = peer if peer.val else peers.get(peer.name, peer)
+    draw(runs, [*peers.values()], expand(args.out))
     say(f"drawn: {args.out}")
 
 

@@ -23,7 +23,9 @@ def restore(checkpoint, parts):
             if name not in checkpoint:
                 print0(f"{name} is not in the checkpoint: it begins anew")
             elif isinstance(part, torch.optim.Optimizer | Optimizers):
-                load_optimizer(part, checkpoint[name], checkpoint.get("optimizer_settings"))
+                # no moments yet if all steps were skipped, as float16's scaler may do
+                trained = checkpoint["step"] > checkpoint.get("nonfinite", 0) and not checkpoint.get("scaler")
+                load_optimizer(part, checkpoint[name], trained, checkpoint.get("optimizer_settings"))
             elif checkpoint[name]:  # the state of a gradient scaler is empty in float32
                 part.load_state_dict(checkpoint[name])
         except UserError:
