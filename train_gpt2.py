@@ -553,7 +553,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     hella = hellaswag.load(rank, local_rank, world_size, device, T) if config.hellaswag_every else None
 
     # model: `compiled` is for fixed shapes, `model` for HellaSwag and samples, each of whose shapes would recompile it
-    config, saved = folder.open(config)  # saved: the newest checkpoint if this run resumes, else None
+    config, saved = folder.open(config, device)  # saved: the newest checkpoint if this run resumes, else None
     model, config = load.initial_model(config, GPTConfig.of(config), saved, GPT, device)
     compiled = devices.compile_model(model, config.compile, device)
     ddp = data_parallel(compiled) if world_size > 1 else compiled

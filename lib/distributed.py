@@ -87,9 +87,12 @@ def wait_for_all():
     if dist.is_initialized():
         store = meetings["store"]
         name = f"meeting {next(meetings['numbers'])}"
-        if store.add(name, 1) == dist.get_world_size():
-            store.set(f"{name} is over", "")
-        store.wait([f"{name} is over"], timedelta(seconds=PATIENCE))
+        try:
+            if store.add(name, 1) == dist.get_world_size():
+                store.set(f"{name} is over", "")
+            store.wait([f"{name} is over"], timedelta(seconds=PATIENCE))
+        except dist.DistNetworkError:  # torchrun was killed, and its store with it: these ranks are about to stop
+            dist.barrier()
 
 
 def sum_over_ranks(tensor):

@@ -58,11 +58,13 @@ class RunFolder:
         if any(name == "log.txt" or NAME.fullmatch(name) for name in names):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
-    def open(self, config):
+    def open(self, config, device):
         """Lock the folder for this run. Returns (config, its newest complete checkpoint or None); the config of a
         resumed run says what it was started from."""
         path = from_rank_0(str(self.lock() or "") if is_main_rank() else None)
-        checkpoint = load_checkpoint(path, mmap=True) if path else None  # the ranks of a machine share its memory
+        # with mmap the ranks of a machine share its memory until it is on their GPUs; kept on, it would hold the disk
+        checkpoint = load_checkpoint(path, mmap=device.type == "cuda") if path else None
+        self.saved = Path(path) if path else None
         return replace(config, init_from=self.begun_from(config.init_from, checkpoint)), checkpoint
 
     def lock(self):

@@ -45,6 +45,7 @@ class Run:
         self.before_due = None  # the states before what is due at this step
         self.clock = Stopwatch()
         self.timed_from = 0
+        self.resumed_at = checkpoint and (checkpoint["step"], checkpoint.get("val_loss"))
         settings = contents["train_config"]
         if checkpoint:
             changes = compare_runs(checkpoint, self.facts)
@@ -140,7 +141,7 @@ class Run:
                 states[name] = part.state_dict()
         if self.before_due is not None:
             states |= self.before_due
-            states["model"] = {**states["model"], **self.buffers}
+            states["model"] |= self.buffers
         states |= {**self.facts, "step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite}
         return {**states, "val_loss": self.metrics["val_loss"], "seconds": dict(self.clock)}
 
@@ -153,6 +154,8 @@ class Run:
 
     def save(self):
         """Save a checkpoint; if that fails, warn and go on. The other ranks wait, for as long as a slow disk takes."""
+        if (self.step, self.metrics["val_loss"]) == self.resumed_at:
+            return  # it was just read
         with self.clock.timing("checkpoints"):
             contents = self.contents()
             if is_main_rank():
