@@ -58,13 +58,11 @@ def tokenize(texts):
     """Return (tokens of all texts as one uint16 array, number of documents, number of empty ones left out)."""
     parts, documents, empty = [np.empty(0, "<u2")], 0, 0
     for text in texts:
-        if text and not isinstance(text, More):
-            documents += 1
-            parts.append([EOT])
-        elif not text and not isinstance(text, More):
-            empty += 1
-        if text:
-            parts.append(encode(text))
+        if not isinstance(text, More):
+            documents += bool(text)
+            empty += not text
+            parts.append([EOT] if text else [])
+        parts.append(encode(text or ""))
     return np.concatenate(parts, dtype="<u2", casting="unsafe"), documents, empty
 
 

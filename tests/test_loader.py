@@ -1,5 +1,4 @@
 import os
-import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import command_of, environment, flags_of, read_log, run_warm, write_shards
+from support import command_of, environment, flags_of, read_log, write_shards
 
 from lib.console import UserError
 from lib.data.folder import ShardFolder
