@@ -214,10 +214,13 @@ def build(
     if manifest and manifest["complete"]:
         return manifest
     get_tokenizer()  # forked workers inherit it
+    others = multiprocessing.active_children()
     try:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker)
         pool.submit(len, "")  # starts the workers before there are threads, or a lock that they would inherit
     except OSError as error:
+        for worker in set(multiprocessing.active_children()) - set(others):
+            worker.terminate()
         raise UserError(
             f"cannot start {workers} worker processes: {error}. They need room for {workers} more processes (ulimit "
             "-u, or give fewer --workers) and, for their locks, a writable /dev/shm"
@@ -253,9 +256,7 @@ def build_missing(source, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Tokenize text into uint16 shards for train_gpt2.py", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Tokenize text into shards for train_gpt2.py", allow_abbrev=False)
     flag = parser.add_argument
     flag("--source", default=FINEWEB_EDU, help="a Hugging Face data set, local files, a folder, or demo")
     flag("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")

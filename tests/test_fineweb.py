@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -694,13 +695,20 @@ def test_the_validation_split_of_a_folder_is_a_sample_of_its_files(tmp_path, cap
 
 
 def test_workers_that_cannot_start_are_named_with_the_limits(parquet, tmp_path, monkeypatch):
-    def fork():
-        raise BlockingIOError(11, "Resource temporarily unavailable")
+    forks, fork = [], os.fork
 
-    monkeypatch.setattr(os, "fork", fork)
+    def fork_twice():
+        forks.append(1)
+        if len(forks) > 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fork_twice)
     with pytest.raises(UserError, match="worker processes.*Resource temporarily unavailable.*ulimit -u.*/dev/shm"):
-        fineweb.build(str(parquet), tmp_path / "out", 1000, 2, "fork")
-    assert not (tmp_path / "out").exists()
+        fineweb.build(str(parquet), tmp_path / "out", 1000, 4, "fork")
+    for child in multiprocessing.active_children():  # they were told to end
+        child.join(10)
+    assert not (tmp_path / "out").exists() and not multiprocessing.active_children()
 
 
 def test_a_child_without_a_main_guard_is_named(parquet, tmp_path):

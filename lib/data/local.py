@@ -9,7 +9,7 @@ import stat
 from collections import Counter
 
 from lib.console import UserError, say
-from lib.data.readers import FORMATS, format_of, inspect
+from lib.data.readers import FORMATS, count_files, format_of, inspect
 
 
 def walk(root, left_out):
@@ -64,7 +64,7 @@ def find_files(root):
     others = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "nothing"
     if not taken:
         raise UserError(f"{root} holds no file that ends in {FORMATS}; left out: {others}")
-    say(f"{root}: {len(taken):,} files taken, {sum(taken.values()):,} bytes; left out: {others}")
+    say(f"{root}: {count_files(taken)} taken, {sum(taken.values()):,} bytes; left out: {others}")
     return taken
 
 
