@@ -113,20 +113,16 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     validation shard may be cut into smaller shards.
     """
     shards, skip = manifest["shards"], progress["skip"]
-    start = {**manifest, "progress": progress}
-    end = {"file": len(manifest["files"]), "row": 0, "skip": 0}
     buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
-    listed, waiting = 0, 0  # bytes of the manifest, and of the shards that are not in it yet
+    start = {**manifest, "progress": progress}
 
     def add_shard(tokens, progress):
-        nonlocal listed, waiting
         if not shards:
-            listed = write_manifest(out, start)  # first: shards without a manifest are not ours
+            write_manifest(out, start)  # first: shards without a manifest are not ours
         name = f"{name_shard(manifest['source'], len(shards))}.npy"
         shards.append(write_shard(out / name, lambda file: np.save(file, tokens)))
-        waiting += tokens.nbytes
-        if progress and waiting >= listed - 1_000_000:  # not after every shard: with 100,000 files it is large
-            listed, waiting = write_manifest(out, manifest, progress=progress), 0
+        if progress:
+            write_manifest(out, manifest, progress=progress)
 
     how = manifest.get("text_column"), progress["row"], manifest.get("split_on")
     todo = chunks(paths(progress["file"]), *how)
@@ -152,7 +148,7 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
                 f"of {len(buffer):,}: provide more text, or give --shard_size {tenth}"
             )
         manifest["shard_size"] = tenth
-    size = manifest["shard_size"]
+    size, end = manifest["shard_size"], {"file": len(manifest["files"]), "row": 0, "skip": 0}
     for first in range(0, filled, size):  # several only when the text was cut; recorded together
         add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 

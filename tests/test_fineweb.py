@@ -23,7 +23,6 @@ from support import ROOT, command_of, disk, environment, finish, read_until, run
 
 import fineweb
 from lib.console import UserError
-from lib.data import manifest as manifest_module
 from lib.data.folder import find_shards
 from lib.data.readers import documents_of
 
@@ -541,16 +540,6 @@ def test_10_000_row_groups(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="zstd")
     assert [*documents_of(tmp_path / "a.parquet", row=9_998)] == ["row 9998", "row 9999"]
     assert sum(1 for _ in documents_of(tmp_path / "a.parquet")) == 10_000
-
-
-def test_many_small_files_do_not_write_their_manifest_for_every_shard(tmp_path, monkeypatch):
-    (tmp_path / "texts").mkdir()
-    for i in range(5000):
-        (tmp_path / "texts" / f"{i:0200d}.txt").write_text(f"text {i}")
-    sizes, write = [], manifest_module.write_manifest
-    monkeypatch.setattr(fineweb, "write_manifest", lambda *args, **kw: sizes.append(write(*args, **kw)) or sizes[-1])
-    manifest = fineweb.build(str(tmp_path / "texts"), tmp_path / "out", shard_size=100, workers=1)
-    assert sizes[0] > 1_200_000 and len(manifest["shards"]) > 100 and len(sizes) < 5
 
 
 def test_a_million_white_space_characters_end_no_build(tmp_path):
