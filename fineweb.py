@@ -245,9 +245,9 @@ def build(
 def build_missing(source, out):
     """Build the shards of a folder that is missing or unfinished, in a process of its own."""
     if not is_built(out):
-        command = [__file__, "--source", source, "--out", out]
-        say(f"{out}/ is missing or unfinished, building it: python {shlex.join(command)}")
-        if subprocess.run([sys.executable, *command]).returncode:
+        flags = ["--source", source, "--out", out]
+        say(f"{out}/ is missing or unfinished, building it: python fineweb.py {shlex.join(flags)}")
+        if subprocess.run([sys.executable, __file__, *flags]).returncode:
             raise UserError(f"building {out} failed, see above")
 
 
