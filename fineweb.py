@@ -58,13 +58,11 @@ def tokenize(texts):
     """Return (tokens of all texts as one uint16 array, number of documents, number of empty ones left out)."""
     parts, documents, empty = [np.empty(0, "<u2")], 0, 0
     for text in texts:
-        if text and not isinstance(text, More):
-            documents += 1
-            parts.append([EOT])
-        elif not text and not isinstance(text, More):
-            empty += 1
-        if text:
-            parts.append(encode(text))
+        if not isinstance(text, More):
+            documents += bool(text)
+            empty += not text
+            parts.append([EOT] if text else [])
+        parts.append(encode(text or ""))
     return np.concatenate(parts, dtype="<u2", casting="unsafe"), documents, empty
 
 
@@ -115,20 +113,16 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
     validation shard may be cut into smaller shards.
     """
     shards, skip = manifest["shards"], progress["skip"]
-    start = {**manifest, "progress": progress}
-    end = {"file": len(manifest["files"]), "row": 0, "skip": 0}
     buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
-    listed, waiting = 0, 0  # bytes of the manifest, and of the shards that are not in it yet
+    start = {**manifest, "progress": progress}
 
     def add_shard(tokens, progress):
-        nonlocal listed, waiting
         if not shards:
-            listed = write_manifest(out, start)  # first: shards without a manifest are not ours
+            write_manifest(out, start)  # first: shards without a manifest are not ours
         name = f"{name_shard(manifest['source'], len(shards))}.npy"
         shards.append(write_shard(out / name, lambda file: np.save(file, tokens)))
-        waiting += tokens.nbytes
-        if progress and waiting >= listed - 1_000_000:  # not after every shard: with 100,000 files it is large
-            listed, waiting = write_manifest(out, manifest, progress=progress), 0
+        if progress:
+            write_manifest(out, manifest, progress=progress)
 
     how = manifest.get("text_column"), progress["row"], manifest.get("split_on")
     todo = chunks(paths(progress["file"]), *how)
@@ -154,7 +148,7 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
                 f"of {len(buffer):,}: provide more text, or give --shard_size {tenth}"
             )
         manifest["shard_size"] = tenth
-    size = manifest["shard_size"]
+    size, end = manifest["shard_size"], {"file": len(manifest["files"]), "row": 0, "skip": 0}
     for first in range(0, filled, size):  # several only when the text was cut; recorded together
         add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 
@@ -216,10 +210,13 @@ def build(
     if manifest and manifest["complete"]:
         return manifest
     get_tokenizer()  # forked workers inherit it
+    others = multiprocessing.active_children()
     try:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), start_worker)
         pool.submit(len, "")  # starts the workers before there are threads, or a lock that they would inherit
     except OSError as error:
+        for worker in set(multiprocessing.active_children()) - set(others):
+            worker.terminate()
         raise UserError(
             f"cannot start {workers} worker processes: {error}. They need room for {workers} more processes (ulimit "
             "-u, or give fewer --workers) and, for their locks, a writable /dev/shm"
@@ -248,16 +245,14 @@ def build(
 def build_missing(source, out):
     """Build the shards of a folder that is missing or unfinished, in a process of its own."""
     if not is_built(out):
-        command = [__file__, "--source", source, "--out", out]
-        say(f"{out}/ is missing or unfinished, building it: python {shlex.join(command)}")
-        if subprocess.run([sys.executable, *command]).returncode:
+        flags = ["--source", source, "--out", out]
+        say(f"{out}/ is missing or unfinished, building it: python fineweb.py {shlex.join(flags)}")
+        if subprocess.run([sys.executable, __file__, *flags]).returncode:
             raise UserError(f"building {out} failed, see above")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Tokenize text into uint16 shards for train_gpt2.py", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Tokenize text into shards for train_gpt2.py", allow_abbrev=False)
     flag = parser.add_argument
     flag("--source", default=FINEWEB_EDU, help="a Hugging Face data set, local files, a folder, or demo")
     flag("--out", default="edu_fineweb10B", help="folder of the shards (default: %(default)s)")

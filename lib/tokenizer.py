@@ -44,12 +44,14 @@ def get_tokenizer():
 def pieces(text):
     """Cut a text into pieces that tiktoken can encode: before white space, which changes no token. Only within LONGEST
     characters of white space or of one word it does."""
-    while len(text) > LONGEST:
-        words = text[:LONGEST].rsplit(None, 1)
-        piece = words[0] if len(words) == 2 else text[:LONGEST].rstrip() or text[:LONGEST]
+    start = 0
+    while len(text) - start > LONGEST:
+        window = text[start : start + LONGEST]
+        words = window.rsplit(None, 1)
+        piece = words[0] if len(words) == 2 else window.rstrip() or window
         yield piece
-        text = text[len(piece) :]
-    yield text
+        start += len(piece)
+    yield text[start:]
 
 
 def encode(text):

@@ -1,5 +1,4 @@
 import os
-import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import command_of, environment, flags_of, read_log, run_warm, write_shards
+from support import command_of, environment, flags_of, read_log, write_shards
 
 from lib.console import UserError
 from lib.data.folder import ShardFolder
@@ -190,19 +189,6 @@ def test_hundreds_of_shards_need_few_open_files(tiny, tmp_path):
     limited = ["sh", "-c", 'ulimit -n 200 && exec "$@"', "sh", *command_of("train_gpt2.py", *flags_of(config))]
     result = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=150)
     assert result.returncode == 0 and "30 val" in read_log(config.log_dir), result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("kilobytes", [4, 24, 80])
-def test_what_is_said_of_too_little_text_leads_to_a_run(tiny, tmp_path, kilobytes):
-    (tmp_path / "own.txt").write_text("some words of one's own\n" * (1000 * kilobytes // 24))
-    assert run_warm("fineweb.py", "--source", tmp_path / "own.txt", "--out", tmp_path / "own").returncode == 0
-    config = tiny(data_dir=str(tmp_path / "own"), sequence_length=1024, total_batch_size=524288, micro_batch_size=64,
-                  vocab_size=50257, n_embd=8, max_steps=1)  # fmt: skip
-    result = run_warm("train_gpt2.py", *flags_of(config))
-    assert result.returncode == 2 and "too few" in result.stdout, result.stdout
-    flags = re.search(r"or give ((?:--\w+ \d+ )+)", result.stdout)[1].split()
-    result = run_warm("train_gpt2.py", *flags_of(config), *flags)
-    assert result.returncode == 0, result.stdout
 
 
 ORDER_OF_20 = [3, 17, 19, 16, 15, 1, 13, 10, 2, 18, 0, 11, 14, 9, 7, 5, 6, 12, 8, 4]

@@ -1,5 +1,5 @@
 """
-The demo corpus: text that every machine has that can run this.
+The demo corpus: text that ships with Python and NumPy.
 """
 
 import ast

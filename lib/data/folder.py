@@ -43,8 +43,7 @@ class ShardFolder:
         self.root = expand(root)
         open_file.cache_clear()  # an earlier run of this process may have opened shards that were replaced since
         names, hashes = find_shards(self.root, splits, optional)
-        pieces = max(1, min(16, 16_000 // sum(map(len, names.values()))))  # fewer for thousands, to start in a second
-        self.shards = {split: [Shard.open(f"{self.root}/{name}", pieces) for name in names[split]] for split in splits}
+        self.shards = {split: [Shard.open(f"{self.root}/{name}") for name in names[split]] for split in splits}
         self.facts = {
             name: (shard.length, hashes.get(name), shard.fingerprint)
             for split in splits

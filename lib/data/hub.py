@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from lib.console import UserError, say
-from lib.data.readers import FORMATS, format_of
+from lib.data.readers import FORMATS, count_files, format_of
 from lib.data.shards import split_of
 from lib.files import hash_file
 
@@ -107,9 +107,9 @@ def resolve(dataset, commit, name, split, paths):
             reason = " ".join(str(error).split("Example of usage")[0].split())
             folders = sorted({str(Path(path).parent) for path in paths if format_of(path)})
             raise UserError(
-                f"{dataset} at {commit} has no files for --name {name} --split {split}: {reason} Give one of its "
-                f"configurations or folders as --name; folders with files of text: {', '.join(folders[:20]) or 'none'}"
-            ) from None
+                f"cannot open {dataset} at {commit} with --name {name} --split {split}: {reason} If the name is wrong, "
+                f"give a configuration or one of the folders with files of text: {', '.join(folders[:20]) or 'none'}"
+            ) from error
         if builder.config.data_files is None:
             raise ConnectionError("its files could not be listed, only an old copy in the cache was found")
         what = f"folder {name}" if "data_dir" in which else f"configuration {builder.config.name}"
@@ -141,7 +141,7 @@ def list_files(dataset, revision=None, name=None, split="train"):
                     "--name, or fetch it with hf download, convert it, and give the folder as --source"
                 )
     size = sum(files[path].size for path in chosen)
-    say(f"{dataset} at {commit}: {what}, {len(chosen):,} files, {size:,} bytes")
+    say(f"{dataset} at {commit}: {what}, {count_files(chosen)}, {size:,} bytes")
     files = [files[path] for path in chosen]
     # large files have a sha256, small ones only git's own hash; check() distinguishes them by length
     return commit, [{"file": f.path, "size": f.size, "hash": f.lfs.sha256 if f.lfs else f.blob_id} for f in files]
@@ -193,8 +193,6 @@ def fetch_in_turn(dataset, commit, files, folder, first=0, keep=False):
 
     for file in files[: 0 if keep else first]:  # left by a killed build
         (folder / file["file"]).unlink(missing_ok=True)
-    for stale in folder.rglob("*.incomplete"):
-        stale.unlink()
     coming = start(first) if first < len(files) else None
     for index in range(first, len(files)):
         path = coming.result()

@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import os
 import stat
-from collections import Counter
+from collections import Counter, deque
 
 from lib.console import UserError, say
-from lib.data.readers import FORMATS, format_of, inspect
+from lib.data.readers import FORMATS, count_files, format_of, inspect
 
 
 def walk(root, left_out):
@@ -17,9 +17,10 @@ def walk(root, left_out):
 
     Links are followed. What is linked twice is read once: by its own name, if it is below the folder.
     """
-    files, folders, links, seen = {}, [root], [], set()
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
+    files, seen = {}, set()
+    folders = deque([root])
+    while folders:
+        folder = folders.popleft()
         if (place := os.path.realpath(folder)) in seen:
             left_out["linked twice"] += 1
             continue
@@ -31,7 +32,7 @@ def walk(root, left_out):
             elif name == "manifest.json":  # ours, if --out is inside
                 left_out["of another kind"] += 1
             elif os.path.isdir(path):
-                (links if path.is_symlink() else folders).append(path)
+                (folders.append if path.is_symlink() else folders.appendleft)(path)  # links last
             elif format_of(name) and stat.S_ISREG((status := path.stat()).st_mode):
                 files[path] = status
             else:
@@ -64,7 +65,7 @@ def find_files(root):
     others = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "nothing"
     if not taken:
         raise UserError(f"{root} holds no file that ends in {FORMATS}; left out: {others}")
-    say(f"{root}: {len(taken):,} files taken, {sum(taken.values()):,} bytes; left out: {others}")
+    say(f"{root}: {count_files(taken)} taken, {sum(taken.values()):,} bytes; left out: {others}")
     return taken
 
 

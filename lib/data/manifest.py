@@ -108,10 +108,9 @@ def write(path, fill):
 
 
 def write_manifest(out, manifest, **progress):
-    """Write the manifest, with the progress of an unfinished build; returns its size in bytes."""
+    """Write the manifest, with the progress of an unfinished build."""
     content = json.dumps({**manifest, **progress}, indent=1).encode() + b"\n"
     write(out / "manifest.json", lambda file: file.write(content))
-    return len(content)
 
 
 def write_shard(path, fill):

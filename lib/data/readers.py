@@ -36,6 +36,10 @@ def format_of(name):
     return match and (match[2] or match[1]).lower()
 
 
+def count_files(files):
+    return "1 file" if len(files) == 1 else f"{len(files):,} files"
+
+
 def table_documents(path, column, row):
     """One column of a .parquet from a row on. Row groups before it are skipped; one batch is in memory at a time."""
     import pyarrow.parquet

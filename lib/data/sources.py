@@ -37,7 +37,11 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
     if not missing:
         if name or revision:
             raise UserError(f"--name and --revision are for data sets on the hub, which {source} is not: omit them")
-        return demo_source() if source == "demo" else local_source(Path(expand(source)), text_column, split_on)
+        if source != "demo":
+            return local_source(Path(expand(source)), text_column, split_on)
+        about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
+        files = [{"file": "demo", "tokens": 1_000_000}]
+        return about, files, lambda folder, manifest, keep: ({"files": files}, lambda first: [(0, None)][first:])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or format_of(source):
         raise UserError(
             f"no file or folder {source:.300} ({missing}); a Hugging Face data set is written owner/name, like "
@@ -61,12 +65,6 @@ def find_source(source, name=None, split="train", text_column="text", revision=N
 
     about = dict(source=source, name=name, split=split, asked_revision=revision, text_column=text_column)
     return {**about, "split_on": split_on}, None, open_source
-
-
-def demo_source():
-    about = {"source": "demo", "revision": f"Python {sys.version.split()[0]}, NumPy {np.__version__}"}
-    files = [{"file": "demo", "tokens": 1_000_000}]
-    return about, files, lambda folder, manifest, keep: ({"files": files}, lambda first: [(0, None)][first:])
 
 
 def estimate_tokens(files):
