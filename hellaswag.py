@@ -30,7 +30,7 @@ from lib.console import UserError, run_as_command, say
 from lib.device import check_device, default_device, flash_attention
 from lib.distributed import sum_over_ranks
 from lib.files import atomic_write
-from lib.model.load import check_vocabulary
+from lib.model.load import check_usable
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
 FOLDER = Path(__file__).parent / "hellaswag"
@@ -197,10 +197,10 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
     if not examples:
         raise UserError(f"{path} is empty: it must hold HellaSwag items, one JSON object per line")
     torch.set_float32_matmul_precision("high")
-    model = load_model(model_name).to(device)
-    check_vocabulary(model_name, model.config)
+    model = load_model(model_name)
+    check_usable(model_name, model)
     batches = make_batches(examples, max_length=model.config.block_size, style=style)
-    chosen = score(model, tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
+    chosen = score(model.to(device), tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
     chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # in the file's order
     n, labels = len(examples), torch.tensor([example["label"] for example in examples])
     acc, acc_norm = (chosen == labels[:, None]).double().mean(dim=0).tolist()

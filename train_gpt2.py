@@ -254,7 +254,19 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """OpenAI's weights from the Hugging Face hub: gpt2 (124M), gpt2-medium, gpt2-large or gpt2-xl."""
-        return load.from_openai(name, cls, GPTConfig)
+        config, weights = load.fetch_openai(name)  # the fields of a GPTConfig, and tensors by name
+        return load.rebuild({"config": config, "model": cls.from_openai(weights)}, cls, GPTConfig)
+
+    @staticmethod
+    def from_openai(theirs):
+        """OpenAI's weights as our state_dict; the names are the same."""
+        conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        ours = {}
+        for name, weight in theirs.items():
+            # their linear layers are 1x1 convolutions, with matrices (in, out) where nn.Linear has (out, in)
+            ours[name] = weight.t() if name.endswith(conv1d) else weight
+        ours.setdefault("lm_head.weight", ours.get("transformer.wte.weight"))  # tied, so they have it once
+        return ours
 
     def flops_per_token(self, T=None):
         """6N + 6LCT as in llm.c: 6 operations per weight, without the positions, and the causal half of attention. T:

@@ -4,7 +4,6 @@ The device of a rank, its name and peak, and its compiler.
 
 import os
 import re
-import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,64 +47,54 @@ def check_device(name):
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise UserError(f"cannot use device {name!r}: {str(error):.200}. Choose cuda, mps or cpu with -d") from None
+        raise UserError(f"cannot use device {name!r}: {str(error):.200}. Choose cuda, mps or cpu") from None
 
 
 def choose_device(name, local_rank, in_group):
     """The device of a rank, by a type or "auto". Raises UserError if it is not available."""
     if name == "auto":
-        name = default_device()
-        name = "cpu" if name == "mps" and in_group else name
-    elif name == "mps" and in_group:
+        name = "cpu" if default_device() == "mps" and in_group else default_device()
+    if name == "mps" and in_group:
         raise UserError("torchrun's ranks cannot use an Apple GPU, on which gloo cannot sum: use --device cpu")
-    if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(name, torch.cpu).is_available() is False:
-        raise UserError(f"device is {name}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
-    return claim_gpu(local_rank) if name == "cuda" else torch.device(name)
+    if name == "cuda" and torch.cuda.is_available():
+        return claim_gpu(local_rank)
+    check_device(name)
+    return torch.device(name)
 
 
 def claim_gpu(local_rank):
-    """Make this rank's GPU the current one and return it. Raises UserError if torchrun started more ranks on this
-    machine than it has GPUs.
-
+    """Make this rank's GPU the current one and return it. Raises UserError if this machine has more ranks than GPUs.
     Unless the user has configured PyTorch's allocator, it is set to map memory page by page: with fixed segments, the
-    gaps between tensors add up to a third of GPT-2 124M's memory.
-    """
-    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
+    gaps between tensors add up to a third of GPT-2 124M's memory."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1)
+    gpus = torch.cuda.device_count()
     if ranks > gpus:
         raise UserError(
             f"torchrun started {ranks} ranks on this machine, but torch sees {gpus} GPUs: give it --nproc_per_node="
-            f"{gpus}, and check nvidia-smi and CUDA_VISIBLE_DEVICES if there are more"
+            f"{gpus}, or check CUDA_VISIBLE_DEVICES"
         )
-    chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
-    if not chosen and sys.platform == "linux":
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at the first CUDA call
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def compile_model(model, wanted, device):
-    """torch.compile(model) if wanted or, if that is None, on CUDA; else the model itself. If this machine cannot
-    compile, a warning says so, and the model is returned as it is. The compiler is reset first: it is limited to a
-    number of shapes, which all runs of a process share."""
+    """torch.compile(model) if wanted or, if that is None, on CUDA; else, or with a warning if this machine cannot
+    compile, the model itself. The compiler is reset first: it is limited to a number of shapes per process."""
     if not (device.type == "cuda" if wanted is None else wanted):
         return model
     torch.compiler.reset()
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel needs all that the others need
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        say(
-            f"warning: torch.compile is off: {type(error).__name__}: {reason} If the machine has no C++ compiler or no "
-            "Python.h, apt-get install g++ python3-dev; on CUDA it also needs triton and compute capability 7.0"
-        )
+        say(f"warning: torch.compile is off; it may need apt-get install g++ python3-dev: {error!r:.300}")
         return model
     return torch.compile(model, dynamic=False)
 
 
 def flash_attention():
-    """A context for lengths that change: attention by any kernel but cuDNN's, which is preferred on Hopper and makes a
-    plan for each new length, in 23 to 37 ms. Compiled code, whose lengths are fixed, runs without it."""
+    """Attention for lengths that change: any kernel but cuDNN's, which on Hopper plans each new one in 23 to 37 ms."""
     kernels = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE
     return sdpa_kernel(list(kernels))
 

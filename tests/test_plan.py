@@ -1,10 +1,10 @@
 """The plan says what a run then takes."""
 
 import pytest
+import torch
 from support import load, losses, run_warm
 
 from lib.device import peak_tflops
-from lib.model.load import on_meta
 from tools import plan
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, main
 
@@ -13,15 +13,19 @@ def config_of(preset, **overrides):
     return TrainConfig(**{**PRESETS[preset], **overrides})
 
 
+def on_meta(config):
+    with torch.device("meta"):
+        return GPT(GPTConfig.of(config))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_parameters_and_operations_are_those_of_the_model(preset):
+def test_operations_are_those_of_the_model(preset):
     c = config_of(preset)
-    model = on_meta(GPT, GPTConfig.of(c))
-    parts = plan.count_parameters(model)
-    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["blocks"] == c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)  # 9 of 13 biases, 4 layer norms
-    n = sum(parts.values()) - c.sequence_length * c.n_embd  # the positions do not count
+    model = on_meta(c)
+    blocks = c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)  # 9 of 13 biases, 4 layer norms
+    n = blocks + c.vocab_size * c.n_embd + 2 * c.n_embd  # the positions do not count
     assert model.flops_per_token() == 6 * n + 6 * c.n_layer * c.n_embd * c.sequence_length
+    assert f"{n + c.sequence_length * c.n_embd:,} parameters" in plan.describe(plan.PlanConfig(**vars(c)), model, None)
 
 
 def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
@@ -31,7 +35,7 @@ def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
     checkpoint = load(path)
     moments = sum(v.nbytes for s in checkpoint["optimizer"]["state"].values() for v in s.values() if v.dim())
     weights = {p.data_ptr(): p.nbytes for p in checkpoint["model"].values()}  # the tied matrix once
-    n = sum(plan.count_parameters(on_meta(GPT, GPTConfig.of(c))).values())
+    n = sum(p.numel() for p in on_meta(c).parameters())
     assert sum(weights.values()) == 4 * n and moments == 8 * n
     assert plan.state_bytes(n) == 4 * n + 4 * n + 8 * n + 2 * n  # weights, gradients, moments, the 16-bit copy
     assert path.stat().st_size == pytest.approx(12 * n, abs=50_000)
@@ -41,7 +45,7 @@ def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
 def test_memory_is_what_an_h200_took(sequences, measured):
     """Measured with GPT-2 124M, T=1024, bfloat16, compile, torch 2.11.0, 2026-11-22."""
     c = config_of("gpt2")
-    n = sum(p.numel() for p in on_meta(GPT, GPTConfig.of(c)).parameters())
+    n = sum(p.numel() for p in on_meta(c).parameters())
     memory = plan.state_bytes(n) + plan.activation_bytes(c, sequences)
     assert memory / 2**30 == pytest.approx(measured, rel=0.03)
 

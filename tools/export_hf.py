@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import asdict, fields
@@ -22,21 +21,21 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/export_hf.py works, too
+import train_gpt2
 from lib.checkpoint import load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.manifest import read_manifest
 from lib.files import expand, list_folder
-from lib.model.hugging_face import CONFIG, FIXED, transposed, vocabulary
-from lib.model.load import check_finite, check_vocabulary, rebuild
+from lib.model.hugging_face import CONFIG, FIXED
+from lib.model.load import check_usable, rebuild, script_of
+from lib.run.code import short
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
-from train_gpt2 import GPT, GPTConfig
 
 LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")  # of a block
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # the default in transformers is 0.1, in training
 TOLERANCE = 1e-3  # of logits in float32; GPT-2's are around 100 in size
 
 CARD = """---
-language: en
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2]{datasets}
@@ -44,26 +43,19 @@ tags: [gpt2]{datasets}
 
 # GPT-2, {parameters:.0f}M parameters
 
-A GPT-2 of {n_layer} layers, {n_head} heads and {n_embd} channels, with a context of {block_size} tokens,
-{origin}.
+A GPT-2 of {n_layer} layers, {n_head} heads and {n_embd} channels, with a context of {block_size} tokens. It continues
+text; it was not taught to answer or to be harmless.
 
+| | |
+|---|---|
 {facts}
-
-It continues text; it was not taught to answer or to be harmless.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER)
-ids = tokenizer("The water", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=50, do_sample=True, top_k=50)[0]))
-```
 """
 
 
-def to_theirs(config, weights):
-    """Our config and weights (dicts) as theirs, without the padding rows of the vocabulary and without the head, which
-    is the embedding. Raises UserError if the weights are not those of a GPT-2."""
+def to_theirs(model):
+    """(config, weights) of a model in Hugging Face's layout, without the padding rows of the vocabulary and without the
+    head, which is the embedding. Raises UserError if the weights are not those of a GPT-2."""
+    config, weights = asdict(model.config), model.state_dict()
     layers = ["ln_f", *(f"h.{i}.{layer}" for i in range(config["n_layer"]) for layer in LAYERS)]
     expected = {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
     expected |= {f"transformer.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
@@ -75,9 +67,18 @@ def to_theirs(config, weights):
     theirs |= {"vocab_size": VOCAB_SIZE, "bos_token_id": EOT, "eos_token_id": EOT, **FIXED, **DROPOUT}
     theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     theirs["n_ctx"] = theirs["n_positions"]  # its old name, which llama.cpp reads
-    weights = {name: transposed(name, weight) for name, weight in weights.items() if name != "lm_head.weight"}
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:VOCAB_SIZE]
+    weights = train_gpt2.GPT.from_openai(weights)  # transposing is its own inverse
+    weights["transformer.wte.weight"] = weights.pop("lm_head.weight")[:VOCAB_SIZE]
     return theirs, {name: weight.contiguous() for name, weight in weights.items()}
+
+
+def vocabulary():
+    """OpenAI's vocab.json: {text of a token: id}. The text has a printable character for each byte."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in kept]  # get printable names, too, as in OpenAI's encoder.py
+    names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    tokens = map(get_tokenizer().decode_single_token_bytes, range(EOT))
+    return {**{"".join(names[byte] for byte in token): id for id, token in enumerate(tokens)}, "<|endoftext|>": EOT}
 
 
 def two_parts(token, ranks):
@@ -90,81 +91,38 @@ def two_parts(token, ranks):
     return parts
 
 
-def merges_of(vocab):
-    """The merges of OpenAI's merges.txt, in their order."""
+def write_tokenizer(folder, context):
+    """OpenAI's vocab.json and merges.txt, byte for byte, and the settings with which transformers reads them."""
+    vocab = vocabulary()
     tokens = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
     texts = dict(zip(tokens, vocab, strict=False))
-    return [" ".join(texts[part] for part in two_parts(token, tokens)) for token in tokens if len(token) > 1]
-
-
-def write_tokenizer(folder, context):
-    """OpenAI's vocab.json and merges.txt, byte for byte, and tokenizer.json, which newer programs read."""
-    vocab = vocabulary()
-    merges = merges_of(vocab)
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": EOT, "content": "<|endoftext|>", "special": True, "normalized": False}
-    end |= {"single_word": False, "lstrip": False, "rstrip": False}
-    bpe = {"type": "BPE", "vocab": vocab, "merges": merges}
-    whole = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": by_bytes, "decoder": by_bytes, "model": bpe}
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, "add_prefix_space": False, **special}
+    merges = [" ".join(texts[part] for part in two_parts(token, tokens)) for token in tokens if len(token) > 1]
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, "add_prefix_space": False}
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     write_json(folder / "vocab.json", vocab)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n")
-    write_json(folder / "tokenizer.json", whole)
-    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False}, indent=2)
+    write_json(folder / "tokenizer_config.json", settings, indent=2)
 
 
 def write_json(path, contents, indent=None):
     path.write_text(json.dumps(contents, indent=indent))
 
 
-def model_card(checkpoint, path, parameters):
-    """README.md: how the model was trained, from the checkpoint, its log and the manifest of its data."""
-    train, step, datasets = checkpoint["train_config"], checkpoint["step"], ""
-    folder = Path(train.get("data_dir", "unknown"))
-    manifest = (read_manifest(folder) if os.path.isdir(folder) else None) or {}
-    data = [manifest.get("source") or train.get("data_source") or str(folder)]
-    if manifest.get("asked_revision"):  # only data sets of the hub have one
-        datasets = f"\ndatasets: [{data[0]}]"
-        data.append(f"at revision {manifest['revision']}")
-    begin, tokens = train.get("init_from", "resume"), step * train.get("total_batch_size", 0)
-    origin = "" if begin == "resume" else f", from {begin}"  # a resumed run does not know how it began
-    facts = {"data": " ".join(data), "training": f"{step:,} steps, {tokens:,} tokens{origin}"}
-    log = path.parent / "log.txt"
-    records = re.findall(r"^(\d+) (train|val|hella) (\S+)$", log.read_text() if log.is_file() else "", re.M)
-    last = {kind: value for at, kind, value in records if int(at) == (step - 1 if kind == "train" else step)}
-    if checkpoint.get("val_loss") is not None:
-        last.setdefault("val", f"{checkpoint['val_loss']:.4f}")
-    names = {"train": "last training loss, nats per token", "val": "validation loss, nats per token"}
-    names["hella"] = "HellaSwag acc_norm, completion style"
-    facts |= {names[kind]: last[kind] for kind in names if kind in last}
-    commit, _, edited = (checkpoint.get("commit") or "").partition("+")  # "+changes": uncommitted ones
-    origin = "trained with train_gpt2.py" + f" at commit {commit}" * bool(commit)
-    origin += " with uncommitted changes" * bool(edited)
-    return render_card(checkpoint["config"], parameters, origin, facts, datasets)
-
-
-def render_card(config, parameters, origin, facts, datasets=""):
-    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
-    about = {"parameters": parameters / 1e6, "origin": origin, "datasets": datasets}
-    return CARD.format(**config, **about, facts=f"| | |\n|---|---|\n{rows}")
-
-
 @torch.no_grad()
-def compare_logits(folder, model):
-    """Raise UserError if the logits of transformers from the folder differ from this code's from the model."""
+def compare_logits(folder, model, doubt):
+    """Raise UserError if the logits of transformers from the folder differ from this code's from the model. Returns the
+    result as text; doubt: why this code may not be the one that trained the model, or ""."""
     try:
         from transformers import GPT2LMHeadModel
         from transformers.utils import logging
-    except (ImportError, RuntimeError):
+    except ImportError:
         settings = {field.name: (getattr(model.config, field.name), field.default) for field in fields(model.config)}
         if odd := [f"{name}={v!r}" for name, (v, default) in settings.items() if name not in CONFIG and v != default]:
             raise UserError(
-                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot express. To check whether the "
-                "model computes the same without, install transformers: pip install transformers"
+                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot express: pip install "
+                "transformers, to check whether it computes the same without"
             ) from None
-        say("not compared with transformers, which is not installed: make sure that the model is still GPT-2")
-        return
+        return "not compared with transformers, which is not installed: make sure that the model is still GPT-2"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
@@ -175,32 +133,35 @@ def compare_logits(folder, model):
     if not difference <= TOLERANCE:  # also rejects NaN
         raise UserError(
             f"transformers' logits from the export differ from this code's by up to {difference:.3g}; {TOLERANCE} is "
-            "allowed. Hugging Face's layout cannot express how the model was changed: share the "
-            "checkpoint and its code"
+            "allowed. Hugging Face's layout cannot express how the model was changed: share the checkpoint and its code"
         )
-    say(f"compared with transformers: the same logits on {T:,} tokens, within {difference:.1e}")
+    if doubt:
+        return f"not certified: {doubt}"
+    return f"compared with transformers: the same logits on {T:,} tokens, within {difference:.1e}"
 
 
-def write_folder(folder, model, card):
-    """Write the folder of a model, a GPT; card: a function of the number of parameters that returns its README.md.
+def write_folder(folder, model, facts, dataset="", doubt=""):
+    """Write the folder of a model, a GPT. facts: rows of its README.md, by what they say; dataset: its name on the hub.
 
     The files appear complete, config.json last, or not at all. The folder may be a mount, which cannot be replaced.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    config, weights = to_theirs(asdict(model.config), model.state_dict())
+    config, weights = to_theirs(model)
     unfinished = folder / "unfinished"
     try:
         unfinished.mkdir(parents=True)
         write_json(unfinished / "config.json", config, indent=2)
-        write_json(unfinished / "generation_config.json", {"bos_token_id": EOT, "eos_token_id": EOT}, indent=2)
         write_tokenizer(unfinished, config["n_positions"])
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which save_file makes private
-        text = card(sum(weight.numel() for weight in weights.values()))
-        (unfinished / "README.md").write_text(text, encoding="utf-8", newline="\n")
-        compare_logits(unfinished, model)
+        facts = {**facts, "export": compare_logits(unfinished, model, doubt)}
+        parameters = sum(weight.numel() for weight in weights.values()) / 1e6
+        rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+        datasets = f"\ndatasets: [{dataset}]" if dataset else ""
+        card = CARD.format(**asdict(model.config), parameters=parameters, facts=rows, datasets=datasets)
+        (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
@@ -209,6 +170,7 @@ def write_folder(folder, model, card):
         shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
+    say(facts["export"])
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
@@ -220,16 +182,37 @@ def new_folder(name):
     return folder
 
 
+def facts_of(checkpoint):
+    """(what the model's card says of how it was trained, by what it is; the name of its data set on the hub, or "")."""
+    train, step = checkpoint["train_config"], checkpoint["step"]
+    folder = train.get("data_dir", "unknown")
+    manifest = (read_manifest(folder) if os.path.isdir(folder) else None) or {}
+    data, dataset = manifest.get("source") or train.get("data_source") or folder, ""
+    if manifest.get("asked_revision"):  # only data sets of the hub have one
+        dataset = data
+        data += f" at revision {manifest['revision']}"
+    tokens = checkpoint.get("tokens", step * train.get("total_batch_size", 0))
+    facts = {"data": data, "training": f"{step:,} steps, {tokens:,} tokens, from {train.get('init_from', 'scratch')}"}
+    if checkpoint.get("val_loss") is not None:
+        facts["validation loss"] = f"{checkpoint['val_loss']:.4f} nats per token"
+    script = checkpoint.get("script", ["train_gpt2.py"])[0]
+    facts["code"] = f"{script} at commit {short(checkpoint['commit'])}" if "commit" in checkpoint else script
+    return facts, dataset
+
+
 def export(path, folder):
-    path = Path(newest_checkpoint(expand(path)))
+    path = newest_checkpoint(expand(path))
     folder = new_folder(folder)
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder without checkpoints: give a checkpoint, or a log_dir with one")
     checkpoint = load_checkpoint(path, mmap=True)
-    model = rebuild(checkpoint, GPT, GPTConfig)
-    check_vocabulary(path, model.config)
-    check_finite(path, model)
-    write_folder(folder, model, lambda parameters: model_card(checkpoint, path, parameters))
+    script, doubt = script_of(checkpoint)
+    if doubt and not script:
+        raise UserError(f"cannot export {path}: {doubt}")
+    script = script or train_gpt2
+    model = rebuild(checkpoint, script.GPT, script.GPTConfig)
+    check_usable(path, model)
+    write_folder(folder, model, *facts_of(checkpoint), doubt)
 
 
 def main():

@@ -21,14 +21,13 @@ sys.path.append(str(Path(__file__).parent.parent))  # python tools/import_model.
 from lib.console import UserError, run_as_command, say
 from lib.files import expand
 from lib.model import hugging_face
-from lib.model.load import check_finite, check_vocabulary, rebuild
+from lib.model.load import check_usable, rebuild
 from lib.tokenizer import VOCAB_SIZE
-from tools.export_hf import new_folder, render_card, write_folder
+from tools.export_hf import new_folder, write_folder
 from train_gpt2 import GPT, GPTConfig
 
 HARMLESS = {*hugging_face.CONFIG, "bias", "dropout", "flash"}  # config fields that change nothing in a trained model
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-SAVE_PLAIN = "torch.save({'model': model.state_dict(), 'config': vars(model.config)}, 'plain.pt')"
 
 
 class Config:
@@ -38,23 +37,22 @@ class Config:
 def read_file(path):
     """(weights, config, others) of a file: tensors by its own names, the model's config, and all else that it has."""
     classes = []
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # not torch's format of today: read_weights says more
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # not torch's format of today: read() says more
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     if strange := sorted(name for name in classes if name.split(".")[-1] != "GPTConfig"):
         raise UserError(
             f"{path} holds more than plain data, and loading it would run code: {', '.join(strange)}. Save plain data "
-            f"in the program that made it: {SAVE_PLAIN}"
+            "in the program that made it: torch.save({'model': model.state_dict(), 'config': vars(model.config)}, FILE)"
         )
     with torch.serialization.safe_globals([(Config, name) for name in classes]):
-        contents = hugging_face.read_weights(path)
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__}, not a dict with weights")
+        contents = hugging_face.read(path)
+    contents = {key: vars(part) if isinstance(part, Config) else part for key, part in contents.items()}
     name = next((name for name in ("model", "state_dict") if isinstance(contents.get(name), dict)), None)
     if name is None:
         return contents, {}, {}
-    others = {key: vars(part) if isinstance(part, Config) else part for key, part in contents.items() if key != name}
-    config = others.pop("model_args" if "model_args" in others else "config", {})  # nanoGPT's config is of the run
-    return contents[name], config if isinstance(config, dict) else {}, others
+    weights = contents.pop(name)
+    config = contents.pop("model_args" if "model_args" in contents else "config", {})  # nanoGPT's config is of the run
+    return weights, config if isinstance(config, dict) else {}, contents
 
 
 def find_sizes(path, config, weights, n_head):
@@ -63,7 +61,7 @@ def find_sizes(path, config, weights, n_head):
     if odd := [f"{name}={value!r}" for name, value in config.items() if name not in HARMLESS and value]:
         raise UserError(
             f"the config in {path} has fields that this code does not know, so it may not be GPT-2: {', '.join(odd)}. "
-            "If they change nothing, save the weights alone, torch.save(model.state_dict(), 'plain.pt')"
+            "If they change nothing, save the weights alone, torch.save(model.state_dict(), FILE)"
         )
     if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
         config = hugging_face.read_config(path.with_name("config.json"))
@@ -71,9 +69,9 @@ def find_sizes(path, config, weights, n_head):
     needed = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight")
     if missing := [name for name in needed if getattr(weights.get(name), "ndim", 0) != 2]:
         raise UserError(f"{path} holds no GPT-2: it has no matrix {missing[0]}, but {', '.join([*weights][:5])}, ...")
-    (V, C), (T, _), _ = (weights[name].shape for name in needed)
-    blocks = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
-    sizes = {"block_size": T, "vocab_size": V, "n_layer": len(blocks), "n_embd": C}
+    sizes = {"n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})}
+    sizes["vocab_size"], sizes["n_embd"] = weights["transformer.wte.weight"].shape
+    sizes["block_size"] = len(weights["transformer.wpe.weight"])
     sizes["n_head"] = n_head or config.get("n_head")
     if not sizes["n_head"]:
         raise UserError(f"{path} does not say how many heads a block has: give --n_head (in OpenAI's, n_embd / 64)")
@@ -95,7 +93,8 @@ def read_foreign(path, n_head=None):
     if (rows := sizes["vocab_size"] - VOCAB_SIZE) > 0:
         notes.append(f"{rows} rows of the embedding, beyond GPT-2's {VOCAB_SIZE:,} tokens, are dropped as padding")
     if weights["transformer.h.0.attn.c_attn.weight"].size(0) == sizes["n_embd"]:  # (in, out), as in OpenAI's files
-        weights = {name: hugging_face.transposed(name, weight) for name, weight in weights.items()}
+        weights = GPT.from_openai(weights)
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     if not any(name.endswith(".bias") for name in weights):  # nanoGPT's bias=False
         notes.append("the model has no biases: they are zeros, which change nothing")
         layers = [name for name in weights if not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))]
@@ -110,12 +109,10 @@ def import_model(path, folder, n_head=None):
         model = rebuild(checkpoint, GPT, GPTConfig)
     except UserError as error:
         raise UserError(f"cannot import {path}: {error}") from None
-    check_vocabulary(path, model.config)
-    check_finite(path, model)
+    check_usable(path, model)
     for note in notes:
         say(f"note: {note}")
-    origin, facts = "imported from a file of another program", {"file": path.name}
-    write_folder(folder, model, lambda parameters: render_card(checkpoint["config"], parameters, origin, facts))
+    write_folder(folder, model, {"imported from": path.name})
 
 
 def main():

@@ -11,17 +11,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/plan.py works, too
 from lib.config import check, parse_args
 from lib.console import UserError, run_as_command, say
 from lib.data.folder import count_tokens
 from lib.device import PEAK_TFLOPS
-from lib.model.load import OPENAI_MODELS, on_meta
+from lib.model.load import OPENAI_MODELS
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
-PARTS = {".h.": "blocks", "wte": "token embeddings and head", "wpe": "position embeddings"}
-MEASURED = "one H200 reached in GPT-2 124M's step (bfloat16, compile, torch 2.11.0, 2026-11-22)"
-MFU = 0.447
+MFU = 0.447  # of GPT-2 124M's step on one H200 (bfloat16, compile, torch 2.11.0, 2026-11-22)
 GPUS = ("H200", "H100", "A100", "RTX 4090")
 CARDS = (8, 16, 24, 40, 80, 141)  # GB of memory of common GPUs
 ROOM = 0.92  # of a card's memory, without what CUDA and its libraries need
@@ -30,16 +30,7 @@ ROOM = 0.92  # of a card's memory, without what CUDA and its libraries need
 @dataclass
 class PlanConfig(TrainConfig):
     speed: int = 0  # tokens/s of one GPU, as a trial run prints; 0: computed for common GPUs
-    price: float = 0.0  # of one GPU for an hour, in any currency; 0: no prices
-
-
-def count_parameters(model):
-    """The parameters of a model, by part."""
-    parts = {}
-    for name, parameter in model.named_parameters():
-        part = next((part for word, part in PARTS.items() if word in name), "the rest")
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    return parts
+    price: float = 0.0  # of one GPU for an hour, in any currency
 
 
 def state_bytes(n):
@@ -49,7 +40,8 @@ def state_bytes(n):
 
 def activation_bytes(c, sequences, checkpointing=False):
     """Bytes that a compiled forward pass keeps for the backward in 16 bits: in each block 16 vectors of n_embd per
-    token, one with checkpointing, and the logits once."""
+    token, one with checkpointing, and the logits once. With state_bytes this gives 26.2 and 14.2 GiB for GPT-2 124M and
+    micro-batches of 64 and 32; 26.6 and 14.4 were measured on one H200."""
     per_token = c.vocab_size + c.n_embd * (c.n_layer + 16 if checkpointing else 16 * c.n_layer)
     return 2 * per_token * sequences * c.sequence_length
 
@@ -64,54 +56,33 @@ def largest_micro_batch(c, n, room):
     return "too small"
 
 
-def duration(hours):
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-
-
 def describe(c, model, data_tokens):
     """The plan of a run with the settings c, a PlanConfig, as text; the model may be on the meta device. data_tokens:
-    those of its training shards, None if there are no shards yet.
-
-    The formulas for memory give 26.2 and 14.2 GiB for GPT-2 124M with micro-batches of 64 and 32; 26.6 and 14.4 were
-    measured on one H200.
-    """
-    parts = count_parameters(model)
-    n = sum(parts.values())
+    those of its training shards, None if there are no shards yet."""
+    n = sum(p.numel() for p in model.parameters())
     tokens = c.max_steps * c.total_batch_size
     flops = model.flops_per_token(c.sequence_length)
     epochs = f", {tokens / data_tokens:.2f} epochs of the {data_tokens:,} in {c.data_dir}/" if data_tokens else ""
-    lines = [f"{name:30}{count:16,}" for name, count in {**parts, "parameters": n}.items()]
-    lines += [
-        "",
+    lines = [
+        f"{n:,} parameters, {flops:,} FLOP per token (6N + 6LCT)",
         f"{c.max_steps:,} steps of {c.total_batch_size:,} tokens = {tokens:,} tokens{epochs}, "
-        f"{tokens / n:.1f} per parameter",
-        f"{flops:,} FLOP per token, {tokens * flops:.2e} in all: 6 per weight, and for the products of attention",
-        "6 x layers x channels x length",
-        "",
-        f"the largest micro-batch that fits on a GPU, beside {state_bytes(n) / 2**30:.1f} GiB of weights, gradients",
-        "and moments, in 16 bits and compiled (computed):",
+        f"{tokens / n:.1f} per parameter, {tokens * flops:.2e} FLOP",
+        f"disk: 2 GB per billion tokens of shards (sample-10BT: 20 GB); {c.keep_checkpoints + 1} checkpoints of "
+        f"{12 * n / 1e9:.2f} GB",
+        f"memory: {state_bytes(n) / 2**30:.1f} GiB of weights, gradients and moments; largest micro-batch beside them, "
+        "in 16 bits and compiled (computed):",
     ]
-    lines += [f"  {f'{size} GB':36} {largest_micro_batch(c, n, ROOM * size * 1e9)}" for size in CARDS]
-    keep = c.keep_checkpoints + 1  # a new one is written beside them
+    lines += [f"  {f'{size} GB':30} {largest_micro_batch(c, n, ROOM * size * 1e9)}" for size in CARDS]
     speeds = {gpu: PEAK_TFLOPS[gpu] * 1e12 * MFU / flops for gpu in GPUS}
-    how = f"computed for an MFU of {MFU:.1%}, which {MEASURED}"
+    how = f"computed for an MFU of {MFU:.1%}, as measured with GPT-2 124M on one H200"
     if c.speed:
-        speeds = {"": c.speed}
+        speeds = {"GPU": c.speed}
         how = "at the speed given"
-    lines += [
-        "",
-        f"disk: 2 GB per billion tokens of shards (sample-10BT: 20 GB); {keep} checkpoints of {12 * n / 1e9:.2f} GB",
-        "",
-        f"time for {tokens:,} tokens, {how}",
-        "(evaluation comes on top):",
-    ]
+    lines.append(f"time on one GPU, {how}; 8 GPUs take at least an eighth, and evaluation comes on top:")
     for gpu, speed in speeds.items():
         hours = tokens / speed / 3600
         price = f", {hours * c.price:,.2f} at {c.price:g} per hour" if c.price else ""
-        name = f"{gpu}, {speed:,.0f} tokens/s".removeprefix(", ")
-        lines.append(f"  {name:36} 1 GPU {duration(hours)}{price}; 8 GPUs, scaling perfectly, {duration(hours / 8)}")
-    if not c.price:
-        lines.append("--price 2.50 adds the cost at your price per hour of one GPU")
+        lines.append(f"  {f'{gpu}, {speed:,.0f} tokens/s':30} {hours:,.1f} hours{price}")
     return "\n".join(lines)
 
 
@@ -119,7 +90,9 @@ def main(c):
     c = check(c, 1, OPENAI_MODELS)
     if not (c.speed >= 0 and c.price >= 0):  # also rejects NaN
         raise UserError(f"speed is {c.speed} and price is {c.price}: both must be 0 or more")
-    say(describe(c, on_meta(GPT, GPTConfig.of(c)), count_tokens(c.data_dir)))
+    with torch.device("meta"):
+        model = GPT(GPTConfig.of(c))
+    say(describe(c, model, count_tokens(c.data_dir)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # python tools/sample.py wor
 from lib.console import UserError, run_as_command
 from lib.device import check_device, default_device
 from lib.files import expand
-from lib.model.load import check_finite, check_vocabulary
+from lib.model.load import check_usable
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 from train_gpt2 import load_model, stream
 
@@ -74,14 +74,13 @@ def write(text):
 def model_to_sample(name, device):
     """The model, ready to sample from, on its device."""
     check_device(device)
-    model = load_model(name).eval()
-    check_vocabulary(name, model.config)
-    check_finite(name, model)
+    model = load_model(name)
+    check_usable(name, model)
     if device == "cpu":  # a single token reads every matrix once, which on CPUs is faster column by column
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.data = parameter.data.t().contiguous().t()
-    return model.to(device)
+    return model.eval().to(device)
 
 
 def print_samples(args):

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from support import ROOT  # noqa: F401 - the scripts can be imported then
 
 import train_gpt2
-from lib.model.hugging_face import transposed
 
 T, V, L, HEADS, C = 16, 50304, 2, 4, 16
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 @dataclass
@@ -54,7 +54,9 @@ def main(folder):
     folder = Path(folder)
     weights = {name: weight.clone() for name, weight in model().state_dict().items()}
     without = {n: w for n, w in model(bias=False).state_dict().items() if not n.endswith("bias")}
-    hugging_face = {n.removeprefix("transformer."): transposed(n, w).contiguous() for n, w in weights.items()}
+    hugging_face = {
+        n.removeprefix("transformer."): (w.t() if n.endswith(CONV1D) else w).contiguous() for n, w in weights.items()
+    }
     headless = {name: weight for name, weight in hugging_face.items() if name != "lm_head.weight"}
     args = dict(n_layer=L, n_head=HEADS, n_embd=C, block_size=T, bias=True, vocab_size=V, dropout=0.1)
     knobs = {"out_dir": "out", "learning_rate": 6e-4, "compile": True, **args}
@@ -104,7 +106,7 @@ def main(folder):
     (folder / "cut.safetensors").write_bytes((folder / "headless.safetensors").read_bytes()[:-1000])
     (folder / "text.pt").write_text("no weights at all")
     (folder / "empty.pt").write_bytes(b"")
-    for name in ("weights.gguf", "tf_model.h5", "model.safetensors.index.json"):
+    for name in ("weights.gguf", "model.safetensors.index.json"):
         (folder / name).write_bytes(b"{}")
     weights["transformer.h.1.mlp.c_fc.bias"][3] = float("nan")
     save("diverged.pt", {"model": weights, "config": GPTConfig()})
