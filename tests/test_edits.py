@@ -20,7 +20,7 @@ from support import ROOT, assert_same, load, make_items, run, write_shards
 import hellaswag
 from lib.checkpoint import load_checkpoint
 from lib.console import Stopped, UserError
-from train_gpt2 import step_seed
+from lib.run import step_seed
 
 SOURCE = (ROOT / "train_gpt2.py").read_text()
 FLAGS = [

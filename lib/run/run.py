@@ -6,6 +6,8 @@ import copy
 import shlex
 import signal
 
+import numpy as np
+
 from lib.checkpoint import check_plain, set_aside
 from lib.console import Interrupted, Stopped, UserError, print0
 from lib.distributed import from_rank_0, is_main_rank, wait_for_all
@@ -18,6 +20,11 @@ from lib.run.signals import catch_signals
 
 # the entries of a checkpoint that are Run's own
 OWN = ("step", "tokens", "val_loss", "nonfinite", "seconds", "script", "commit", "optimizer_settings")
+
+
+def step_seed(seed, step, rank):
+    """A seed for each step and rank: a resume draws the same numbers again, and no two ranks draw the same."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 class Run:
@@ -105,15 +112,22 @@ class Run:
 
     def record(self, **values):
         """Record numbers of this step, by kind, in log.txt and with the tracker. Anything that is a number will do:
-        tensors of one element, numpy's. Raises UserError for anything else."""
-        values = {kind: number_of(kind, value) for kind, value in values.items()}
+        tensors of one element, numpy's; None is left out. Raises UserError for anything else."""
+        values = {kind: number_of(kind, value) for kind, value in values.items() if value is not None}
+        if "val" in values and self.tokens != self.step * self.facts["train_config"]["total_batch_size"]:
+            values["tokens"] = self.tokens  # the batch has changed on the way
         self.metrics |= {METRICS.get(kind, kind): value for kind, value in values.items()}
         if is_main_rank():
             self.folder.record(self.step, values)
 
-    def time_left(self):
-        """The time that the remaining steps take, at the median speed of the last ones, as text."""
-        return time_text(self.clock.median * max(0, self.max_steps - self.step - 1))
+    def step_line(self, loss, lr, norm, finite, speed, mfu):
+        """The console's line of a step. speed: tokens/s; mfu: None if the peak of the device is not known."""
+        left = time_text(self.clock.median * max(0, self.max_steps - self.step - 1))
+        return (
+            f"step {self.step:5d}/{self.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+            f"{1000 * self.clock.last:.2f} ms | {speed:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
+            + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
+        )
 
     def count(self, tokens, finite):
         """Count the tokens of a step, and the consecutive steps whose update was skipped. After max_nonfinite of these,
