@@ -359,7 +359,7 @@ def test_stateful_code_resumes_bit_for_bit(edits, folder):
 def test_a_run_stopped_between_two_evaluations_counts_none_of_them_twice(folder):
     """It is stopped while other weights are in place for an evaluation: the checkpoint has the run's own."""
     swapped = (
-        "@contextlib.contextmanager\n@torch.no_grad()\ndef swapped(model):\n"
+        "import contextlib\n\n@contextlib.contextmanager\n@torch.no_grad()\ndef swapped(model):\n"
         "    own = [p.clone() for p in model.parameters()]\n"
         "    for p in model.parameters():\n        p.data.zero_()\n"
         "    try:\n        yield\n    finally:\n"
