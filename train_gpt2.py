@@ -505,7 +505,7 @@ def train(config, rank, local_rank, world_size, device, folder):
     # resume: a checkpoint holds these, of objects the state_dict; run adds step, tokens, val_loss, the code's version
     contents = {"model": model, "optimizer": optimizer, "scaler": scaler, "data": data.facts}
     contents |= {"config": asdict(model.config), "train_config": asdict(config)}
-    run = Run(__file__, folder, contents, saved, config.max_steps, config.max_nonfinite)
+    run = Run(__file__, folder, contents, saved)
 
     # batch: micro-batches that fit in memory, also beside HellaSwag's longest items, and how many make up a step
     longest = partial(hellaswag.score, model, hella[-2:], device) if hella else None
@@ -539,7 +539,8 @@ def train(config, rank, local_rank, world_size, device, folder):
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
-            folder.draw(last=step == config.max_steps)
+            picture = folder.path.absolute() / "curve.png"
+            run.start_beside("-m", "tools.plot", picture.parent, "--out", picture)
 
         # once in a while: save everything needed to continue from here
         if step > 0 and run.due(config.checkpoint_every):
@@ -563,7 +564,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         if (config.log_every and step % config.log_every == 0) or not finite:
             print0(run.step_line(loss, lr, norm, finite, speed, mfu))
         run.count(tokens, finite)
-    return run.finish(config, f"{world_size} x {devices.name_of(device)}", scored=bool(hella))
+    return run.finish(f"{world_size} x {devices.name_of(device)}", configs.changed(config), scored=bool(hella))
 
 
 def main(config):
@@ -575,7 +576,7 @@ def main(config):
     rank, local_rank, world_size = distributed.torchrun_ranks()  # 0, 0, 0 without torchrun
     config = configs.check(config, max(1, world_size), load.OPENAI_MODELS)
     device = devices.choose_device(config.device, local_rank, in_group=world_size > 0)
-    folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
+    folder = RunFolder(config.log_dir, resume=config.init_from == "resume")
     if world_size:
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**backend, **distributed.fresh_start(rank, world_size, config.collective_timeout))

@@ -85,6 +85,12 @@ def plain(c):
     return replace(c, **values)
 
 
+def changed(c):
+    """The settings that are not the defaults, as Python."""
+    values = {field.name: getattr(c, field.name) for field in fields(c) if getattr(c, field.name) != field.default}
+    return [f"{name} = {value!r}" for name, value in values.items()]
+
+
 # -----------------------------------------------------------------------------
 # The command line
 

@@ -434,7 +434,8 @@ def test_a_second_run_in_the_process_at_the_same_time_is_refused(folder):
 @pytest.mark.parametrize(
     "name, edits",
     [
-        ("tracker", [(", config.tracker)", ")")]),
+        ("tracker", []),
+        ("keep_checkpoints", []),
         ("sample_prompt", [("config.sample_prompt", '"The"')]),
         ("min_lr_ratio", [("config.max_lr * config.min_lr_ratio", "0.0")]),
         ("hellaswag_every", [(" if config.hellaswag_every else None", ' if "" else None'),
