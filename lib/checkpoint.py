@@ -10,7 +10,6 @@ import re
 import shlex
 import struct
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -46,22 +45,21 @@ def check_plain(value, name):
 
 
 class HashingWriter:
-    """A writable file that computes its sha256 in a second thread while the disk writes."""
+    """A writable file that computes its sha256, and remembers an OSError, of which torch does not say the reason."""
 
     def __init__(self, file):
-        self.file, self.flush, self.error = file, file.flush, None
-        self.digest, self.thread = hashlib.sha256(), ThreadPoolExecutor(1)
+        self.file = file
+        self.flush = file.flush
+        self.digest = hashlib.sha256()
+        self.error = None
 
     def write(self, data):
-        hashed = self.thread.submit(self.digest.update, data)
+        self.digest.update(data)
         try:
-            self.file.write(data)
+            return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch raises a RuntimeError that does not say why
+            self.error = error
             raise
-        finally:
-            hashed.result()  # torch may free the data after a failure
-        return len(data)
 
 
 def write_checkpoint(path, contents):
