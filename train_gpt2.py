@@ -12,7 +12,6 @@ Measured: the demo's validation loss falls from 10.77 to 4.76 in 98 s on 2 CPU c
 A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
 """
 
-import contextlib
 import math
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -36,7 +35,7 @@ from lib.data.order import shuffle
 from lib.data.stream import TokenStream
 from lib.model import load, rehearse
 from lib.optimizers import as_one
-from lib.run import Run, RunFolder, one_run
+from lib.run import Run, RunFolder, one_run, step_seed
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -44,51 +43,51 @@ from lib.run import Run, RunFolder, one_run
 
 @dataclass
 class TrainConfig:
-    # ---- the recipe: what changes the result
-    # model: GPT-2 124M; settings named as a field of GPTConfig are passed on to it
+    # ---- settings that change the result
+    # model: GPT-2 124M; fields that GPTConfig also has are copied into it
     n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads of a block, n_embd / n_head channels each
+    n_head: int = 12  # attention heads per block, n_embd / n_head channels each
     n_embd: int = 768  # channels of the residual stream
     vocab_size: int = 50304  # GPT-2 has 50257 tokens; a multiple of 128 is faster, and the ids above are never sampled
-    sequence_length: int = 1024  # tokens of a training sequence, and the block_size of a model from scratch
+    sequence_length: int = 1024  # tokens per training sequence, and the block_size of a model from scratch
     init_from: str = "scratch"  # scratch | resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint or export
     # data
     data_dir: str = "edu_fineweb10B"  # folder of token shards, made by fineweb.py
-    data_source: str = ""  # what fineweb.py builds a missing data_dir from; other ranks wait half an hour; "": nothing
+    data_source: str = ""  # "demo": build data_dir first if it is missing (30 minutes at most); "": never
     # batch and schedule: 19,073 steps of 2^19 tokens are 10 billion; sizes and rates as in the GPT-3 paper
     total_batch_size: int = 524288  # tokens per optimizer step, over all ranks and micro-batches
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 715  # steps of linear warm-up; these are 375M tokens
     max_lr: float = 6e-4  # learning rate after the warm-up
-    min_lr_ratio: float = 0.1  # the cosine ends at this share of max_lr
+    min_lr_ratio: float = 0.1  # final learning rate as a fraction of max_lr
     weight_decay: float = 0.1  # on matrices and embeddings only
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0: no clipping
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     seed: int = 1337  # of the initial weights, the data order and the samples
-    # ---- the run: what does not
+    # ---- settings that do not
     # evaluation and output
     log_dir: str = "log"  # folder for log.txt and checkpoints
-    log_every: int = 1  # steps from one line on the console to the next; log.txt has every step
-    val_every: int = 250  # steps from one validation loss to the next; 0: none
+    log_every: int = 1  # print a line every N steps; log.txt has every step
+    val_every: int = 250  # evaluate every N steps; 0: never
     val_tokens: int = 10485760  # tokens per validation, over all ranks
-    hellaswag_every: int = 250  # steps; 0: none
-    sample_every: int = 250  # steps; 0: none
-    plot_every: int = 250  # steps from one log_dir/curve.png to the next, where matplotlib is installed; 0: none
+    hellaswag_every: int = 250  # score HellaSwag every N steps; 0: never
+    sample_every: int = 250  # print samples every N steps; 0: never
+    plot_every: int = 250  # draw log_dir/curve.png every N steps, if matplotlib is installed; 0: never
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
     sample_temperature: float = 1.0  # below 1 favors the likelier tokens; 0: always the likeliest
-    checkpoint_every: int = 1000  # steps; 0: none
-    keep_checkpoints: int = 3  # how many of the newest stay on disk
-    tracker: str = ""  # tensorboard | wandb, with what the console says; "": neither
+    checkpoint_every: int = 1000  # save every N steps; 0: never
+    keep_checkpoints: int = 3  # how many of the newest to keep on disk
+    tracker: str = ""  # also send every metric to tensorboard or wandb; "": neither
     # machine
     micro_batch_size: int = 64  # sequences per forward pass on one rank, at most; reduced if memory runs out
     device: str = "auto"  # auto | cuda | mps | cpu
     compile: bool | None = None  # torch.compile; None: on for CUDA, off elsewhere
-    activation_checkpointing: bool | None = None  # recompute in backward, to save memory; None: only where needed
-    max_nonfinite: int = 5  # stop after this many steps in a row without a finite loss and gradient
-    collective_timeout: int = 600  # seconds to wait for a dead or hung rank; 1800 or more up to step 1 and at the end
+    activation_checkpointing: bool | None = None  # recompute in backward to save memory; None: only if needed
+    max_nonfinite: int = 5  # stop after this many consecutive NaN or infinite steps
+    collective_timeout: int = 600  # seconds to wait for a dead or hung rank in a step
 
 
-SMALL = dict(  # 2.5M, nearly all of it vocabulary: minutes on a laptop
+SMALL = dict(  # 2.5M parameters, almost all embeddings: minutes on a laptop
     n_layer=4, n_head=4, n_embd=48, max_lr=7e-3, min_lr_ratio=0.3, sequence_length=128, total_batch_size=1024,
     micro_batch_size=8, max_steps=528, warmup_steps=60, log_every=20, val_every=132, val_tokens=16384,
     hellaswag_every=0, sample_every=528, sample_temperature=0.8, plot_every=264, checkpoint_every=264,
@@ -132,19 +131,13 @@ class GPTConfig:
         return cls(block_size=config.sequence_length, **{name: getattr(config, name) for name in same})
 
 
-def residual_std(n_layer):
-    """The standard deviation of the 2 * n_layer matrices that add to the residual stream, at the beginning: with 0.02,
-    the stream would grow with depth."""
-    return 0.02 * (2 * n_layer) ** -0.5
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.c_proj.init_std = residual_std(config.n_layer)
+        self.c_proj.init_std = 0.02 * (2 * config.n_layer) ** -0.5  # the residual stream must not grow with depth
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
@@ -162,7 +155,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.c_proj.init_std = residual_std(config.n_layer)
+        self.c_proj.init_std = 0.02 * (2 * config.n_layer) ** -0.5  # as above: a block adds to it twice
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the approximation
@@ -188,7 +181,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: recompute activations in backward, to save memory
-        self.fast_loss = None  # a run on a CPU sets it to what computes the loss of forward() faster
+        self.fast_loss = None  # on a CPU, a run sets it to a function that computes the loss of forward() faster
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -202,18 +195,18 @@ class GPT(nn.Module):
 
     @staticmethod
     def init_weights(module):
-        """OpenAI's, for linear layers and embeddings: normal, with a standard deviation of 0.02 or the module's own
-        init_std; biases 0. What a module's author has set to zeros stays, and so does every other kind of module."""
+        """OpenAI's initial values of linear layers and embeddings: normal, with a standard deviation of 0.02 or the
+        module's own init_std, and zero biases. Other modules, and weights that were set to zero, keep theirs."""
         if isinstance(module, nn.Linear | nn.Embedding) and (module.weight.is_meta or module.weight.any()):
             nn.init.normal_(module.weight, std=getattr(module, "init_std", 0.02))
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
     def hidden_states(self, idx, cache=None, start=0):
-        """Run everything but the output head: token ids (B, T) int64 to (B, T, n_embd).
+        """Run everything except the output head: token ids (B, T) int64 to (B, T, n_embd).
 
-        cache: for generating, keys and values (n_layer, 2, B, n_head, length, n_embd / n_head); those of idx are added
-        after the first `start` tokens, which are in it already.
+        cache: for sampling, keys and values (n_layer, 2, B, n_head, length, n_embd / n_head): of the first `start`
+        tokens; those of idx are added.
         """
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -269,8 +262,8 @@ class GPT(nn.Module):
         return ours
 
     def flops_per_token(self, T=None):
-        """6N + 6LCT as in llm.c: 6 operations per weight, without the positions, and the causal half of attention. T:
-        the length of the sequences, block_size by default."""
+        """6N + 6LCT, as in llm.c: a weight takes 2 FLOP per token forward and 4 backward (not wpe, which is looked up);
+        q @ k and p @ v take 2TC each per layer forward, thrice that with backward, and causality halves it to 6TC."""
         c = self.config
         weights = sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
         return 6 * weights + 6 * c.n_layer * c.n_embd * (T or c.block_size)
@@ -297,10 +290,9 @@ def load_model(name):
 class DataLoaderLite:
     """Batches of token shards, in an order that is a pure function of the position.
 
-    The tokens of a split are one stream, cut into sequences of T tokens plus one, the last target. An epoch
-    visits every sequence once, shuffled by (seed, epoch), so the first ones are a sample of the whole split. A batch is
-    the next num_processes * B of them, B on each rank: neither number changes the order. data_root is the folder of the
-    shards, or a ShardFolder: a run opens it once.
+    The tokens of a split are one stream, cut into sequences of T tokens plus one, the last target. An epoch visits each
+    sequence once, in a permutation seeded by (seed, epoch). A batch is the next num_processes * B of them, B on each
+    rank: neither number changes the order. data_root: the folder of the shards, or a ShardFolder.
     """
 
     def __init__(
@@ -315,8 +307,7 @@ class DataLoaderLite:
         self.tokens = TokenStream(data_root, split, vocab_size)
         self.num_sequences = (len(self.tokens) - 1) // T
         if self.num_sequences == 0:
-            found = f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few for a sequence of {T}"
-            raise UserError(f"{found}: build more, or give a sequence_length of {len(self.tokens) - 1} or less")
+            raise UserError(f"{self.tokens.root}/ has {len(self.tokens)} {split} tokens, too few for a sequence of {T}")
         self.seek(position)
 
     def reset(self):
@@ -388,28 +379,25 @@ def evaluate_loss(model, loader, num_sequences, device, check_stop=lambda: None)
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """Sample an id for each row of logits (B, V): (B, 1).
-
-    Only the top_k likeliest count (0: all), and of those the fewest whose probabilities add up to top_p. A temperature
-    below 1 favors the likelier ones; 0 always takes the likeliest.
-    """
+    """Sample an id for each row of logits (B, V), of which only the top_k likeliest count (0: all), and of those the
+    fewest whose probabilities add up to top_p. Returns (B, 1)."""
     if temperature < 1e-5:  # dividing by less could overflow
         temperature, top_k = 1.0, 1
     V = logits.size(1)
     values, candidates = logits.topk(min(top_k or V, V))  # the likeliest first
     p = F.softmax(values / temperature, dim=1)
     if top_p < 1:
-        p[p.cumsum(dim=1) - p >= top_p] = 0  # where the ones before reach top_p already
+        p[p.cumsum(dim=1) - p >= top_p] = 0  # if the ones before it reach top_p already
     return candidates.gather(1, torch.multinomial(p, num_samples=1, generator=generator))
 
 
 def attend_to_cache(q, k, v, cache, start):
-    """Causal attention of tokens from `start` on to all tokens so far, whose keys and values are in the cache, (2, B,
-    nh, length, hs): those of the earlier tokens are not computed again for each new one. q, k, v: (B, nh, T, hs)."""
+    """Causal attention when sampling: the keys and values of the first `start` tokens are in the cache, (2, B, nh,
+    length, hs), and need not be computed again for each new token. q, k, v: (B, nh, T, hs) of the tokens after them."""
     end = start + q.size(2)
     cache[:, :, :, start:end] = torch.stack((k, v))
     k, v = cache[:, :, :, :end].to(q.dtype)
-    mask = torch.ones(q.size(2), end, dtype=torch.bool, device=q.device).tril(start)
+    mask = torch.ones(q.size(2), end, dtype=torch.bool, device=q.device).tril(start)  # each sees itself and all before
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -424,9 +412,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, gen
         idx = idx[:, -c.block_size :]
         with devices.flash_attention():  # not cuDNN's, which makes a plan for each new length
             hidden = model.hidden_states(idx[:, start:], cache, start)
-        logits = (
-            model.head(hidden[:, -1])[:, : tokenizer.VOCAB_SIZE].nan_to_num().clamp(-1e30, 1e30)
-        )  # no padded ids; a run may have diverged
+        logits = model.head(hidden[:, -1])[:, : tokenizer.VOCAB_SIZE]  # no padded ids
+        logits = logits.nan_to_num().clamp(-1e30, 1e30)  # a run may have diverged
         token = sample_token(logits, temperature, top_k, top_p, generator)
         yield token
         start = 0 if idx.size(1) == c.block_size else idx.size(1)  # full: the window slides, every position changes
@@ -452,28 +439,7 @@ def sample(model, prompt, device, seed, temperature=1.0, count=3, length=32):
 
 
 # -----------------------------------------------------------------------------
-# Ranks, devices, precision
-
-
-@contextlib.contextmanager
-def process_group(device, timeout):
-    """Join the process group of torchrun, and leave it on exit: yields (rank, local_rank, world_size, device).
-
-    Without torchrun there is one rank and no group. device: "auto" or a type; on CUDA, each rank has the GPU of its
-    local_rank. timeout: seconds to wait for a dead or hung rank.
-    """
-    rank, local_rank, world_size = distributed.torchrun_ranks()
-    device = devices.choose_device(device, local_rank, in_group=world_size > 0)
-    if world_size == 0:
-        yield 0, 0, 1, device
-        return
-    backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-    dist.init_process_group(**backend, **distributed.fresh_start(rank, world_size, timeout))
-    try:
-        with distributed.leaving_together():
-            yield rank, local_rank, world_size, device
-    finally:
-        dist.destroy_process_group()
+# Ranks
 
 
 def data_parallel(model):
@@ -490,18 +456,6 @@ def mean_over_ranks(tensor):
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
-
-
-def precision(name, device):
-    """(autocast, scaler) for matrix products in the dtype named, or for "auto" in 16 bits on CUDA: bfloat16 if the GPU
-    has it. The scaler multiplies the loss, to keep float16 gradients from underflowing; for other dtypes it does
-    nothing."""
-    torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
-    if name == "auto" and device.type == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    dtype = torch.float32 if name == "auto" else getattr(torch, name)
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 # -----------------------------------------------------------------------------
@@ -543,20 +497,6 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 # The run
 
 
-def step_seed(seed, step, rank):
-    """A seed for each step and rank: a resume draws the same numbers again, and no two ranks draw the same."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
-
-
-def step_line(step, max_steps, loss, lr, norm, finite, seconds, tokens_per_second, mfu, left):
-    """The console's line of a step. mfu: None if the peak of the device is not known; left: a time as text."""
-    return (
-        f"step {step:5d}/{max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {1000 * seconds:.2f} ms | "
-        f"{tokens_per_second:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
-        + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
-    )
-
-
 def train(config, rank, local_rank, world_size, device, folder):
     """Train by config, a TrainConfig, on this rank of process_group, in a RunFolder. Returns the last metrics."""
     # data: shards that fineweb.py made, of which the val split is never trained on
@@ -572,12 +512,12 @@ def train(config, rank, local_rank, world_size, device, folder):
 
     # optimizer
     optimizer = as_one(model.configure_optimizers(config.weight_decay, config.max_lr, device.type), config.max_lr)
-    autocast, scaler = precision(config.dtype, device)
+    autocast, scaler = devices.precision(config.dtype, device)
 
     # resume: a checkpoint holds these, of objects the state_dict; run adds step, tokens, val_loss, the code's version
     contents = {"model": model, "optimizer": optimizer, "scaler": scaler, "data": data.facts}
     contents |= {"config": asdict(model.config), "train_config": asdict(config)}
-    run = Run(__file__, folder, contents, saved, config.max_steps, config.max_nonfinite)
+    run = Run(__file__, folder, contents, saved)
 
     # batch: micro-batches that fit in memory, also beside HellaSwag's longest items, and how many make up a step
     longest = partial(hellaswag.score, model, hella[-2:], device) if hella else None
@@ -611,7 +551,8 @@ def train(config, rank, local_rank, world_size, device, folder):
 
         # once in a while: the curves so far, as a picture
         if rank == 0 and run.due(config.plot_every):
-            folder.draw(last=step == config.max_steps)
+            picture = folder.path.absolute() / "curve.png"
+            run.start_beside("-m", "tools.plot", picture.parent, "--out", picture)
 
         # once in a while: save everything needed to continue from here
         if step > 0 and run.due(config.checkpoint_every):
@@ -628,15 +569,14 @@ def train(config, rank, local_rank, world_size, device, folder):
             loss, norm, finite = train_step(
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device
             )
-        seconds = run.clock.last
         tokens = (train_loader.position - before) * T  # of all ranks
-        mfu = devices.mfu(tokens / seconds / world_size * model.flops_per_token(T), device)
-        run.record(train=loss, lr=lr, norm=norm, tokens_per_second=tokens / seconds, **({"mfu": mfu} if mfu else {}))
+        speed = tokens / run.clock.last  # tokens/s
+        mfu = devices.mfu(speed / world_size * model.flops_per_token(T), device)
+        run.record(train=loss, lr=lr, norm=norm, tokens_per_second=speed, mfu=mfu)
         if (config.log_every and step % config.log_every == 0) or not finite:
-            left = run.time_left()
-            print0(step_line(step, config.max_steps, loss, lr, norm, finite, seconds, tokens / seconds, mfu, left))
+            print0(run.step_line(loss, lr, norm, finite, speed, mfu))
         run.count(tokens, finite)
-    return run.finish(config, f"{world_size} x {devices.name_of(device)}", scored=bool(hella))
+    return run.finish(f"{world_size} x {devices.name_of(device)}", configs.changed(config), scored=bool(hella))
 
 
 def main(config):
@@ -645,15 +585,24 @@ def main(config):
     Raises UserError for what the user can fix. A signal ends the run after it is saved: SystemExit, or
     KeyboardInterrupt for Ctrl-C.
     """
-    config = configs.check(config, max(1, distributed.torchrun_ranks()[2]), load.OPENAI_MODELS)
-    folder = RunFolder(config.log_dir, config.init_from == "resume", config.keep_checkpoints, config.tracker)
-    with one_run(), process_group(config.device, config.collective_timeout) as ranks, folder:
-        rank, local_rank, world_size, device = ranks
-        if config.data_source and local_rank == 0:
-            fineweb.build_missing(config.data_source, config.data_dir)  # once per machine, while the other ranks wait
-        distributed.wait_for_all()
-        torch.manual_seed(config.seed)  # of the initial weights; later, each step has its own
-        return train(config, rank, local_rank, world_size, device, folder)
+    rank, local_rank, world_size = distributed.torchrun_ranks()  # 0, 0, 0 without torchrun
+    config = configs.check(config, max(1, world_size), load.OPENAI_MODELS)
+    device = devices.choose_device(config.device, local_rank, in_group=world_size > 0)
+    folder = RunFolder(config.log_dir, resume=config.init_from == "resume")
+    if world_size:
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**backend, **distributed.fresh_start(rank, world_size, config.collective_timeout))
+    try:
+        with one_run(), distributed.leaving_together(), folder:
+            if config.data_source and local_rank == 0:
+                fineweb.build_missing(config.data_source, config.data_dir)  # once per machine, while other ranks wait
+            distributed.wait_for_all()
+            torch.manual_seed(config.seed)  # of the initial weights; later, each step has its own
+            torch.set_float32_matmul_precision("high")  # TF32 tensor cores for what stays float32
+            return train(config, rank, local_rank, max(1, world_size), device, folder)
+    finally:
+        if world_size:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

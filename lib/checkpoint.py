@@ -10,7 +10,6 @@ import re
 import shlex
 import struct
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -46,22 +45,21 @@ def check_plain(value, name):
 
 
 class HashingWriter:
-    """A writable file that computes its sha256 in a second thread while the disk writes."""
+    """A writable file that computes its sha256, and remembers an OSError, of which torch does not say the reason."""
 
     def __init__(self, file):
-        self.file, self.flush, self.error = file, file.flush, None
-        self.digest, self.thread = hashlib.sha256(), ThreadPoolExecutor(1)
+        self.file = file
+        self.flush = file.flush
+        self.digest = hashlib.sha256()
+        self.error = None
 
     def write(self, data):
-        hashed = self.thread.submit(self.digest.update, data)
+        self.digest.update(data)
         try:
-            self.file.write(data)
+            return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch raises a RuntimeError that does not say why
+            self.error = error
             raise
-        finally:
-            hashed.result()  # torch may free the data after a failure
-        return len(data)
 
 
 def write_checkpoint(path, contents):
@@ -144,11 +142,11 @@ def remove(path):
         say(f"warning: {path} cannot be removed: {error}")
 
 
-def save_checkpoint(log_dir, contents, keep, prune=True):
-    """Write log_dir/model_{step:05d}.pt, then, with `prune`, remove all but the newest `keep` up to this step.
+def save_checkpoint(log_dir, contents, keep):
+    """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to this step; None: keep all.
 
-    If the disk is full and `prune` allows it, the oldest spare one is removed to make room. Returns False, with a
-    warning, if it could not be written. Raises UserError if the folder is gone.
+    If the disk is full, the oldest spare one is removed to make room. Returns the path, or False, with a warning, if it
+    could not be written. Raises UserError if the folder is gone.
     """
     step = contents["step"]
     path = path_of(log_dir, step)
@@ -161,17 +159,17 @@ def save_checkpoint(log_dir, contents, keep, prune=True):
                 raise UserError(f"{log_dir}/ no longer exists: start again, or restore it and resume") from None
             older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if retry or not full or not prune or len(older) < 2:
+            if retry or not full or not keep or len(older) < 2:
                 newest = f"the newest one is {older[-1].name}" if older else "there is none yet"
                 say(f"WARNING: {path} COULD NOT BE SAVED, {newest}: {error}")
                 return False
             say(f"warning: the disk is full: removing {older[0]} to make room for {path.name}")
             remove(older[0])
-    if prune:
+    if keep:
         for old in [other for other in list_checkpoints(log_dir) if step_of(other) <= step][:-keep]:
             remove(old)
     say(f"step {step:5d} | saved {path}")
-    return True
+    return path
 
 
 def newest_whole_checkpoint(log_dir):

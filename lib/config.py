@@ -6,8 +6,6 @@ import argparse
 import ast
 import functools
 import inspect
-import json
-import os
 import re
 import types
 import typing
@@ -15,7 +13,6 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from numbers import Integral, Real
 from os import PathLike
-from pathlib import Path
 
 from lib.console import UserError
 from lib.files import expand, why_missing
@@ -85,6 +82,12 @@ def plain(c):
     return replace(c, **values)
 
 
+def changed(c):
+    """The settings that are not the defaults, as Python."""
+    values = {field.name: getattr(c, field.name) for field in fields(c) if getattr(c, field.name) != field.default}
+    return [f"{name} = {value!r}" for name, value in values.items()]
+
+
 # -----------------------------------------------------------------------------
 # The command line
 
@@ -129,20 +132,7 @@ def parse_args(dataclass, presets, description, argv=None):
             flag |= {"nargs": "?", "const": True, "metavar": "BOOL"}
         parser.add_argument(f"--{field.name}", **flag)
     flags = vars(parser.parse_args(argv))
-    preset = presets[flags.pop("preset")]
-    if "data_source" in preset and is_own_data(flags.get("data_dir"), preset["data_source"]):
-        preset = {name: value for name, value in preset.items() if name not in ("data_source", "sample_prompt")}
-    return dataclass(**{**preset, **flags})
-
-
-def is_own_data(folder, source):
-    """Whether there are shards in a folder, and of another source."""
-    folder = os.path.expanduser(folder or "")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    try:
-        return json.loads(Path(folder, "manifest.json").read_bytes())["source"] != source
-    except (OSError, TypeError, ValueError, KeyError):
-        return any(name.endswith((".npy", ".bin")) for name in names)
+    return dataclass(**{**presets[flags.pop("preset")], **flags})
 
 
 # -----------------------------------------------------------------------------

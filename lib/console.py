@@ -1,8 +1,7 @@
 """
-Console output, which may be lost without stopping a run; errors for the user; how a program exits.
+Console output that survives a closed pipe, user errors, and exit codes.
 """
 
-import atexit
 import contextlib
 import os
 import signal
@@ -63,7 +62,8 @@ def run_as_command(run, *args, interrupted=""):
     with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137. interrupted: the message after
     Ctrl-C.
     """
-    is_rank, code, number = "TORCHELASTIC_RUN_ID" in os.environ, 0, None
+    is_rank = "TORCHELASTIC_RUN_ID" in os.environ
+    code = number = 0
     try:
         result = run(*args)
     except Stopped as error:
@@ -76,7 +76,7 @@ def run_as_command(run, *args, interrupted=""):
             raise
         code = report(error)
     if is_rank:
-        exit_at_once(128 + signal.SIGKILL if number == signal.SIGKILL else code)
+        exit_at_once(128 + number if number == signal.SIGKILL else code)
     if number:
         die_of(number)
     return sys.exit(code) if code else result
@@ -84,19 +84,18 @@ def run_as_command(run, *args, interrupted=""):
 
 def die_of(number):
     """End the program by the signal, as if it had not been caught."""
-    end_output()
+    flush_output()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    os._exit(128 + number)  # if the signal is blocked
-
-
-def end_output():
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is gone, closed, or None
-        sys.stdout.flush()
+    exit_at_once(128 + number)  # if the signal is blocked
 
 
 def exit_at_once(code):
     """Exit without Python's own shutdown, during which a surviving gloo thread can abort the process."""
-    end_output()
+    flush_output()
     os._exit(code)
+
+
+def flush_output():
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is gone, closed, or None
+        sys.stdout.flush()

@@ -2,6 +2,7 @@
 The device of a rank, its name and peak, and its compiler.
 """
 
+import functools
 import os
 import re
 
@@ -77,6 +78,17 @@ def claim_gpu(local_rank):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at the first CUDA call
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def precision(name, device):
+    """(autocast, scaler) for matrix products in the dtype named, or for "auto" in 16 bits on CUDA: bfloat16 if the GPU
+    has it. The scaler multiplies the loss, to keep float16 gradients from underflowing; for other dtypes it does
+    nothing."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def compile_model(model, wanted, device):

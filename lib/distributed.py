@@ -66,6 +66,9 @@ def fresh_start(rank, world_size, timeout):
 def leaving_together():
     """Wait for all ranks on exit: one that leaves early would close connections that others use. A rank that fails does
     not wait: it ends, and torchrun ends the others."""
+    if not dist.is_initialized():
+        yield
+        return
     try:
         yield
     except BaseException as error:

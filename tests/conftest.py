@@ -30,8 +30,8 @@ def tiny(tmp_path):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """On a busy machine, matplotlib and trackers, which leave the CPU to everything else, may take long."""
-    monkeypatch.setattr("lib.run.tracker.PATIENCE", 100)
+    """On a busy machine, matplotlib, which leaves the CPU to everything else, may take long."""
+    monkeypatch.setattr("lib.run.run.PATIENCE", 100)
 
 
 @pytest.fixture(autouse=True)

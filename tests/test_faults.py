@@ -1,6 +1,5 @@
 """What disks, consoles, files and people do to a run: it ends well, or with a message, and goes on bit for bit."""
 
-import atexit
 import contextlib
 import dataclasses
 import errno
@@ -255,7 +254,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(small, log_dir, undistu
         main(small())
         out = capsys.readouterr().out
         assert re.search(r"model_00008.pt COULD NOT BE SAVED.*: \[Errno 28\] No space left on device", out)
-        assert "All is in" in out and "next: python" in out
+        assert "Output in" in out and "next: python" in out
         assert_same_run(undisturbed, log_dir, 12)
 
 
@@ -265,7 +264,7 @@ def test_a_disk_that_stays_full_is_an_error_and_the_rerun_is_exact(small, log_di
             at_step(monkeypatch, {step}, lambda: fill(log_dir))
             out = ends_with("could not be saved.*make room in .* and resume", small(val_every=0), capsys)
             monkeypatch.undo()
-            assert "All is in" not in out and "next:" not in out and "No space left on device" in out
+            assert "Output in" not in out and "next:" not in out and "No space left on device" in out
             assert ("log.txt lacks its last records, from step 0 on" in out) == (step == 0)
             ends_with("could not be saved|cannot rewrite .*No space", small(val_every=0, init_from="resume"), capsys)
             free(log_dir)
@@ -348,7 +347,7 @@ def test_a_log_dir_that_goes_away_is_an_error(every, gone, small, tmp_path, log_
     act = (lambda: log_dir.rename(tmp_path / "moved")) if gone == "moved" else (lambda: shutil.rmtree(log_dir))
     at_step(monkeypatch, {6}, act)
     out = ends_with("log/ no longer exists: start again, or restore it and resume", small(**config), capsys)
-    assert "All is in" not in out
+    assert "Output in" not in out
     monkeypatch.undo()
     if gone == "moved":
         (tmp_path / "moved").rename(log_dir)
@@ -636,15 +635,14 @@ def test_the_exit_code_tells_the_signal(number, torchrun, small, log_dir, undist
     with monkeypatch.context() as patch:
         if torchrun:
             patch.setenv("TORCHELASTIC_RUN_ID", "1234")
-            patch.setattr(atexit, "_run_exitfuncs", lambda: None)  # this process lives on
-            patch.setattr(os, "_exit", sys.exit)
+            patch.setattr(os, "_exit", sys.exit)  # this process lives on
         patch.setattr("lib.console.die_of", lambda number: sys.exit(-number))
         at_step(patch, {6}, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as exit:
             run_as_command(main, small())
         assert exit.value.code == (0 if torchrun else -number)  # torchrun would restart a rank that exits with it
     out = capsys.readouterr().out
-    assert "next:" not in out and "All is in" not in out and out.endswith("--init_from resume\n")
+    assert "next:" not in out and "Output in" not in out and out.endswith("--init_from resume\n")
     main(small(init_from="resume"))
     assert "resuming at step 7" in capsys.readouterr().out
     assert_same_run(undisturbed, log_dir, 12)
@@ -654,7 +652,7 @@ def test_a_run_without_a_checkpoint_promises_none(small, tmp_path, capsys):
     for name, flags in (("a", dict(max_steps=0)), ("b", dict(checkpoint_every=0))):
         main(small(log_dir=str(tmp_path / name), **flags))
         out = capsys.readouterr().out
-        assert "done: " in out and "next:" not in out and "All is in" not in out
+        assert "done: " in out and "next:" not in out and "Output in" not in out
 
 
 def test_a_changed_weight_decay_is_applied_at_resume(small, tmp_path, monkeypatch):

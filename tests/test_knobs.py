@@ -27,15 +27,6 @@ def test_a_switch_takes_true_and_false(name, flags, value):
     assert getattr(config, name) is value and config.max_steps == 3
 
 
-def test_the_demo_on_ones_own_text_has_neither_its_source_nor_its_prompt(tmp_path):
-    assert parse_args(["--preset=demo", f"--data_dir={tmp_path}"]).data_source == "demo"  # it is made there
-    write_shards(tmp_path / "own", [100, 100])
-    config = parse_args(["--preset=demo", f"--data_dir={tmp_path / 'own'}"])
-    assert config.data_source == "" and config.sample_prompt == TrainConfig().sample_prompt and config.n_layer == 4
-    (tmp_path / "own" / "manifest.json").write_text('{"source": "demo"}')
-    assert parse_args(["--preset=demo", f"--data_dir={tmp_path / 'own'}"]).data_source == "demo"
-
-
 def test_a_switch_that_is_neither_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--compile=maybe"])

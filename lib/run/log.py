@@ -64,11 +64,15 @@ def time_text(seconds):
 
 
 class Log:
-    """Records wait in memory while the file cannot be written. It stays open: on network disks, opening and closing it
-    at every step would wait for the server each time."""
+    """Records of the steps before `step` are kept, later ones come again. New ones wait in memory while the file cannot
+    be written. It stays open: on network disks, opening and closing it at every step would wait for the server."""
 
-    def __init__(self, path):
-        self.path, self.file, self.waiting, self.failing = path, None, b"", False
+    def __init__(self, path, step):
+        self.path = path
+        self.file = None
+        self.waiting = b""
+        self.failing = False
+        rewind_log(path, step)
 
     def record(self, step, values):
         """Add the records of a step, a dict from kind to number."""
@@ -76,11 +80,20 @@ class Log:
             self.waiting += f"{step} {kind} {value:{FORMATS.get(kind, '.6g')}}\n".encode()
         self.flush()
 
+    def open(self):
+        """Open the file at its path, again if another one, or none, is there by now."""
+        if self.file:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                    return
+            say(f"warning: {self.path} was moved, removed or replaced: writing a new one")
+            self.file.close()
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+
     def flush(self, sync=False):
         """Write the waiting records; returns whether all are in the file. `sync`: have the disk store them, too."""
         try:
-            if self.file is None:
-                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self.open()
             end = self.file.seek(0, os.SEEK_END)
             try:
                 if self.file.write(self.waiting) < len(self.waiting):
@@ -89,7 +102,8 @@ class Log:
                 with contextlib.suppress(OSError):
                     self.file.truncate(end)
                 raise
-            self.waiting, self.failing = b"", False
+            self.waiting = b""
+            self.failing = False
             if sync:
                 os.fsync(self.file.fileno())
         except OSError as error:
@@ -99,7 +113,7 @@ class Log:
         return not self.failing
 
     def close(self):
-        if self.file and not self.flush():
+        if self.waiting and not self.flush():
             say(f"WARNING: {self.path} lacks its last records, from step {self.waiting.split()[0].decode()} on")
         if self.file:
             self.file.close()

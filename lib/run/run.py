@@ -2,40 +2,55 @@
 Bookkeeping around the training loop: steps, records, checkpoints, signals, and how a run ends.
 """
 
+import contextlib
 import copy
+import json
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 
-from lib.checkpoint import check_plain, set_aside
-from lib.console import Interrupted, Stopped, UserError, print0
+import numpy as np
+
+from lib.checkpoint import check_plain, path_of, save_checkpoint, set_aside
+from lib.console import Interrupted, Stopped, UserError, print0, say
 from lib.distributed import from_rank_0, is_main_rank, wait_for_all
+from lib.files import ROOT, atomic_write
 from lib.optimizers import parts_of, settings_of
 from lib.run import summary
 from lib.run.code import code_version, script_of
-from lib.run.log import METRICS, Stopwatch, number_of, time_text
+from lib.run.log import METRICS, Log, Stopwatch, number_of, time_text
 from lib.run.resume import compare_runs, restore
 from lib.run.signals import catch_signals
+from lib.run.tracker import Tracker
 
+PATIENCE = 10  # seconds that a run waits at its end for the program beside it
 # the entries of a checkpoint that are Run's own
 OWN = ("step", "tokens", "val_loss", "nonfinite", "seconds", "script", "commit", "optimizer_settings")
+
+
+def step_seed(seed, step, rank):
+    """A seed for each step and rank: a resume draws the same numbers again, and no two ranks draw the same."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 class Run:
     """A run, from its checkpoint on, or from step 0 without one.
 
     script: the path of the training script. contents: what a checkpoint holds besides OWN, by name: objects with a
-    state_dict, which a resume restores, and plain data. max_nonfinite: the run ends after this many consecutive steps
-    without a finite loss and gradient.
+    state_dict, which a resume restores, and plain data. checkpoint: the contents of one, which the run continues.
 
-    step: optimizer steps done; tokens: those trained on; metrics: the latest of each.
+    step: optimizer steps done; tokens: those trained on; metrics: the latest of each; saved: the path of the last
+    checkpoint, False if it could not be written, None if none was due yet.
     """
 
-    def __init__(self, script, folder, contents, checkpoint, max_steps, max_nonfinite):
+    def __init__(self, script, folder, contents, checkpoint):
         if taken := [name for name in OWN if name in contents]:
             raise UserError(f"{', '.join(taken)}: a checkpoint has an entry of that name already, choose another")
         self.folder = folder
-        self.max_steps = max_steps
-        self.max_nonfinite = max_nonfinite
+        self.settings = contents["train_config"]
+        self.max_steps = self.settings["max_steps"]
         self.parts = {name: part for name, part in contents.items() if hasattr(part, "state_dict")}
         self.facts = {name: part for name, part in contents.items() if name not in self.parts}
         self.facts |= {"script": script_of(script), "commit": code_version()}
@@ -45,26 +60,45 @@ class Run:
         self.before_due = None  # the states before what is due at this step
         self.clock = Stopwatch()
         self.timed_from = 0
-        self.resumed_at = checkpoint and (checkpoint["step"], checkpoint.get("val_loss"))
-        settings = contents["train_config"]
+        self.saved = self.resumed_at = self.beside = None
         if checkpoint:
-            changes = compare_runs(checkpoint, self.facts)
-            self.step = checkpoint["step"]
-            self.nonfinite = checkpoint.get("nonfinite", 0)
-            self.tokens = checkpoint.get("tokens", self.step * settings["total_batch_size"])
-            self.metrics["val_loss"] = checkpoint.get("val_loss")
-            self.clock.update(checkpoint.get("seconds", {}))
-            self.timed_from = 0 if "seconds" in checkpoint else self.tokens
-            restore(checkpoint, self.parts)
-            print0(f"resuming at step {self.step}{changes}")
+            self.resume(checkpoint)
         elif folder.resume:
-            print0(f"no checkpoint in {folder.path}/ yet: starting at step 0, from {settings['init_from']}")
+            began = self.settings["init_from"]
+            print0(f"no checkpoint in {folder.path.absolute()}/ yet: starting at step 0, from {began}")
         self.check_contents()
         if is_main_rank():
-            folder.begin(self.step, settings)
+            self.open_logs()
         wait_for_all()  # a tracker may take a while to start
         folder.on_stop = self.save_stopped
         self.caught = catch_signals()
+
+    def resume(self, checkpoint):
+        changes = compare_runs(checkpoint, self.facts)
+        self.step = checkpoint["step"]
+        self.tokens = checkpoint.get("tokens", self.step * self.settings["total_batch_size"])
+        self.nonfinite = checkpoint.get("nonfinite", 0)
+        self.metrics["val_loss"] = checkpoint.get("val_loss")
+        self.saved = path_of(self.folder.path, self.step)
+        self.resumed_at = self.step, self.metrics["val_loss"]
+        self.clock.update(checkpoint.get("seconds", {}))
+        self.timed_from = 0 if "seconds" in checkpoint else self.tokens
+        restore(checkpoint, self.parts)
+        print0(f"resuming at step {self.step}{changes}")
+
+    def open_logs(self):
+        """Start recording at this step, in log.txt, in samples.txt, and with the tracker."""
+        path = self.folder.path
+        try:
+            with atomic_write(path / "config.json") as file:
+                file.write(json.dumps(self.settings, indent=1).encode() + b"\n")
+        except OSError as error:
+            say(f"warning: {path}/config.json cannot be written: {error}")
+        self.log = Log(path / "log.txt", self.step)
+        self.samples = Log(path / "samples.txt", self.step)
+        self.tracker = Tracker(self.settings.get("tracker"), path, self.step, self.settings)
+        for part in (self.log, self.samples, self.tracker):
+            self.folder.stack.callback(part.close)
 
     def steps(self):
         """Yield the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
@@ -101,26 +135,35 @@ class Run:
         """Print texts that the model wrote, and add them to samples.txt."""
         self.say(*[f"sample {text!r}" for text in texts])
         for text in texts:
-            self.folder.samples.record(self.step, {"sample": repr(text)})
+            self.samples.record(self.step, {"sample": repr(text)})
 
     def record(self, **values):
         """Record numbers of this step, by kind, in log.txt and with the tracker. Anything that is a number will do:
-        tensors of one element, numpy's. Raises UserError for anything else."""
-        values = {kind: number_of(kind, value) for kind, value in values.items()}
-        self.metrics |= {METRICS.get(kind, kind): value for kind, value in values.items()}
+        tensors of one element, numpy's; None is left out. Raises UserError for anything else."""
+        values = {kind: number_of(kind, value) for kind, value in values.items() if value is not None}
+        if "val" in values and self.tokens != self.step * self.settings["total_batch_size"]:
+            values["tokens"] = self.tokens  # the batch has changed on the way
+        named = {METRICS.get(kind, kind): value for kind, value in values.items()}
+        self.metrics |= named
         if is_main_rank():
-            self.folder.record(self.step, values)
+            self.log.record(self.step, values)
+            self.tracker.send(self.step, named)
 
-    def time_left(self):
-        """The time that the remaining steps take, at the median speed of the last ones, as text."""
-        return time_text(self.clock.median * max(0, self.max_steps - self.step - 1))
+    def step_line(self, loss, lr, norm, finite, speed, mfu):
+        """The console's line of a step. speed: tokens/s; mfu: None if the peak of the device is not known."""
+        left = time_text(self.clock.median * max(0, self.max_steps - self.step - 1))
+        return (
+            f"step {self.step:5d}/{self.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+            f"{1000 * self.clock.last:.2f} ms | {speed:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
+            + ("" if finite else " | UPDATE SKIPPED, NOT FINITE")
+        )
 
     def count(self, tokens, finite):
         """Count the tokens of a step, and the consecutive steps whose update was skipped. After max_nonfinite of these,
         end the run and set their checkpoints aside, so that a resume starts before them."""
         self.tokens += tokens
         self.nonfinite = 0 if finite else self.nonfinite + 1
-        if self.nonfinite < self.max_nonfinite:
+        if self.nonfinite < self.settings.get("max_nonfinite", 5):
             return
         first = self.step + 1 - self.nonfinite
         before = from_rank_0(str(set_aside(self.folder.path, first) or "step 0") if is_main_rank() else None)
@@ -159,8 +202,28 @@ class Run:
         with self.clock.timing("checkpoints"):
             contents = self.contents()
             if is_main_rank():
-                self.folder.save(contents)
+                self.log.flush(sync=True)  # a checkpoint is never ahead of the log
+                # while updates are skipped, keep the older ones: the current weights may be broken
+                keep = None if self.nonfinite else self.settings.get("keep_checkpoints", 3)
+                self.saved = save_checkpoint(self.folder.path, contents, keep)
             wait_for_all()
+
+    def start_beside(self, *command):
+        """Start a Python program at a low priority, out of reach of the signals that stop the run, unless the one that
+        was started before is still running. At the last step, wait for that."""
+        if self.step == self.max_steps:
+            self.wait_beside()
+        if self.beside is None or self.beside.poll() is not None:
+            nice = ["nice", "-n", "19"] if shutil.which("nice") else []
+            nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            command = [*nice, sys.executable, *map(str, command)]
+            self.beside = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **nowhere)
+            self.folder.stack.callback(self.wait_beside)
+
+    def wait_beside(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it then continues alone
+            if self.beside:
+                self.beside.wait(PATIENCE)
 
     def check_stop(self):
         """Raise Stopped, on all ranks together, if any of them received a signal to stop. The run is saved on the way
@@ -170,22 +233,44 @@ class Run:
 
     def save_stopped(self):
         self.save()
-        self.folder.check_saved()
+        self.check_saved()
         print0("stopped by a signal. To resume, give the same command with --init_from resume")
 
-    def finish(self, config, devices, scored):
-        """Print the results of a finished run, write them to log_dir/summary.md, and suggest what to do next. Returns
-        the last metrics."""
-        self.folder.check_saved()
+    def check_saved(self):
+        """Raise UserError unless the last checkpoint and all of log.txt are on the disk."""
+        path = self.folder.path
+        if not is_main_rank():
+            return
+        if not path.is_dir():
+            raise UserError(f"{path}/ no longer exists: start again, or restore it and resume")
+        if self.saved is False or not self.log.flush(sync=True):
+            raise UserError(
+                f"the last checkpoint could not be saved, or not all of log.txt: make room in {path}/ and resume"
+            )
+
+    def finish(self, devices, changed, scored):
+        """Print the results of a finished run, write them to log_dir/summary.md, and suggest what to do next. changed:
+        settings that are not the defaults, as text. Returns the last metrics."""
+        self.check_saved()
         self.metrics |= {"step": self.step, "tokens": self.tokens}
         print0(f"done: {self.clock}")
-        if is_main_rank():
-            parameters = sum(p.numel() for p in self.parts["model"].parameters())
-            rows = summary.results(self.metrics, self.clock, parameters, self.timed_from)
-            self.folder.summarize(f"GPT-2 on {devices}", rows, config, self.facts)
-        if self.folder.saved:
-            checkpoint = shlex.quote(str(self.folder.saved))
-            prompt = shlex.quote(getattr(config, "sample_prompt", ""))
+        if not is_main_rank():
+            return self.metrics
+        parameters = sum(p.numel() for p in self.parts["model"].parameters())
+        rows = summary.results(self.metrics, self.clock, parameters, self.timed_from)
+        for what, value in rows:
+            say(f"{what}: {value}")
+        path = self.folder.path
+        self.wait_beside()
+        try:
+            summary.write_page(path, f"GPT-2 on {devices}", rows, changed, self.facts["commit"])
+        except OSError as error:
+            say(f"warning: {path}/summary.md cannot be written: {error}")
+        if self.saved:
+            names = [name for name in ("summary.md", "curve.png", "samples.txt") if (path / name).exists()]
+            say(f"Output in {path}/: {', '.join(['checkpoints', 'log.txt', *names])}")
+            checkpoint = shlex.quote(str(self.saved))
+            prompt = shlex.quote(self.settings.get("sample_prompt", ""))
             score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
-            print0(f"next: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
+            say(f"next: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
         return self.metrics

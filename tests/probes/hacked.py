@@ -3,6 +3,7 @@ the page promises of the change."""
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import train_gpt2
 from lib.console import Stopped, UserError
 from lib.data.folder import ShardFolder
+from lib.data.stream import TokenStream
 from tools import sample
 from train_gpt2 import main, parse_args
 
@@ -63,9 +65,47 @@ def optimizer(model):
     assert len(state[0]["state"]) == 4 * model.config.n_layer
 
 
+def records(log_dir, kind):
+    lines = Path(log_dir, "log.txt").read_text().splitlines()
+    return {int(line.split()[0]): float(line.split()[2]) for line in lines if line.split()[1] == kind}
+
+
 def metric(model):
     kinds = {line.split()[1] for line in Path("whole/log.txt").read_text().splitlines()}
-    assert kinds == {"train", "val", "lr", "norm", "weight_norm", "perplexity"}
+    assert kinds == {"train", "val", "lr", "norm", "weight_norm", "perplexity", "val_of_my_data"}
+    assert records("whole", "val") != records("whole", "val_of_my_data")
+
+
+def loss(model):
+    x = torch.randint(50257, (2, 8))
+    logits, in_eval = model.eval()(x, x)
+    assert torch.allclose(model.train()(x, x)[1] - in_eval, 1e-4 * logits.logsumexp(-1).square().mean(), atol=1e-5)
+
+
+def ema(model):
+    saved = torch.load("whole/model_00012.pt", weights_only=True)
+    assert all(saved["ema"][name].shape == p.shape for name, p in model.named_parameters())
+    assert not torch.equal(saved["ema"]["transformer.wpe.weight"], saved["model"]["transformer.wpe.weight"])
+    of_ema = records("whole", "val_of_ema")
+    assert of_ema[0] == records("whole", "val")[0] > of_ema[12] > records("whole", "val")[12]
+
+
+def lora(model):
+    base = torch.load("base/model_00012.pt", weights_only=True)["model"]
+    for name, weight in model.state_dict().items():
+        assert weight.any() if "lora" in name else torch.equal(weight, base[name]), name
+    assert (model.config.lora_rank, model.config.dropout) == (2, 0.1)
+    assert len(torch.load("whole/model_00012.pt", weights_only=True)["optimizer"]["state"]) == 4
+    assert records("whole", "val")[0] == records("base", "val")[12]
+
+
+def tokens(model):
+    Path("text.txt").write_text("Grüße, world! " * 3000, encoding="utf-8")
+    subprocess.run([sys.executable, "fineweb.py", "--source", "text.txt", "--out", "built", "--workers=1"], check=True)
+    stream = TokenStream("built", "train", vocab_size=257)
+    assert "Grüße, world!".encode() in bytes(stream.read(0, 60).tolist())
+    main(parse_args([*flags, "--vocab_size=257", "--data_dir=built", "--log_dir=of_bytes", "--sample_every=12"]))
+    assert records("of_bytes", "val")[12] < records("of_bytes", "val")[0] < 6
 
 
 def setting(model):
@@ -83,10 +123,14 @@ def mix(model):
 
 
 CHECKS = {
-    "Another activation": activation, "Rotary positions": rotary, "Another optimizer": optimizer,
+    "Another activation": activation, "Rotary positions": rotary, "Another optimizer": optimizer, "Another loss": loss,
+    "An average of the weights (EMA)": ema, "LoRA and dropout, for fine-tuning": lora, "Another tokenizer": tokens,
     "Another metric": metric, "Another setting": setting, "A mix of data": mix,
 }  # fmt: skip
 
+if title.startswith("LoRA"):
+    base = [flag for flag in flags if not flag.startswith(("--lora_rank", "--dropout", "--init_from"))]
+    main(parse_args([*base, "--log_dir=base"]))
 main(parse_args([*flags, "--log_dir=whole"]))
 train_gpt2.get_lr = stop
 try:

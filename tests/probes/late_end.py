@@ -8,21 +8,24 @@ import train_gpt2
 from lib import distributed
 from lib.run.folder import RunFolder
 
-close, wait_for_all, closed = RunFolder.close, distributed.wait_for_all, []
+leave = RunFolder.__exit__
+wait_for_all = distributed.wait_for_all
+left = []
 
 
-def close_late(self):
-    close(self)
-    closed.append(self)
+def leave_late(self, *error):
+    leave(self, *error)
+    left.append(self)
     if os.environ["RANK"] == "0":
         time.sleep(6)
 
 
 def signalled():
-    if closed and os.environ["RANK"] == "1":
+    if left and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     wait_for_all()
 
 
-RunFolder.close, distributed.wait_for_all = close_late, signalled
+RunFolder.__exit__ = leave_late
+distributed.wait_for_all = signalled
 train_gpt2.run_as_command(train_gpt2.main, train_gpt2.parse_args())
