@@ -60,7 +60,7 @@ def uses(tiny, checkpoint):
         "sample": lambda path: sample.model_to_sample(str(path), "cpu"),
         "prompt": lambda path: sample.read_prompt(f"FILE:{path}"),
         "plot": lambda path: plot.main([str(path)]),
-        "plot --out": lambda path: plot.main(["--size=124M", "--dataset=fineweb-edu", "--out", str(path)]),
+        "plot --out": lambda path: plot.main([str(Path(checkpoint).parent), "--out", str(path)]),
         "export_hf from": lambda path: export(path, "never"),
         "export_hf to": lambda path: export(checkpoint, path),
     }

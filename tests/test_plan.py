@@ -37,7 +37,7 @@ def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):
     weights = {p.data_ptr(): p.nbytes for p in checkpoint["model"].values()}  # the tied matrix once
     n = sum(p.numel() for p in on_meta(c).parameters())
     assert sum(weights.values()) == 4 * n and moments == 8 * n
-    assert plan.state_bytes(n) == 4 * n + 4 * n + 8 * n + 2 * n  # weights, gradients, moments, the 16-bit copy
+    assert plan.STATE * n == 4 * n + 4 * n + 8 * n + 2 * n  # weights, gradients, moments, the 16-bit copy
     assert path.stat().st_size == pytest.approx(12 * n, abs=50_000)
 
 
@@ -46,7 +46,7 @@ def test_memory_is_what_an_h200_took(sequences, measured):
     """Measured with GPT-2 124M, T=1024, bfloat16, compile, torch 2.11.0, 2026-11-22."""
     c = config_of("gpt2")
     n = sum(p.numel() for p in on_meta(c).parameters())
-    memory = plan.state_bytes(n) + plan.activation_bytes(c, sequences)
+    memory = plan.STATE * n + plan.activation_bytes(c, sequences)
     assert memory / 2**30 == pytest.approx(measured, rel=0.03)
 
 
@@ -56,8 +56,6 @@ def test_the_command_prints_it_with_any_setting_and_writes_nothing(tmp_path):
     assert result.returncode == 0, result.stdout
     assert "1,557,686,400" in result.stdout and "69.4 hours, 173.60 at 2.5 per hour" in result.stdout, result.stdout
     assert not list(tmp_path.iterdir())
-    result = run_warm("tools/plan.py", "--price=-1")
-    assert result.returncode == 2 and "both must be 0 or more" in result.stdout, result.stdout
 
 
 def test_a_run_begins_with_its_plan_in_a_line(tiny, tmp_path, capsys):

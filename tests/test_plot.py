@@ -1,16 +1,15 @@
 """The picture holds what the logs say, over tokens; logs as crashes leave them are drawn, others refused."""
 
-import builtins
 import json
 import re
 
 import numpy as np
 import pytest
-from support import ROOT, write_shards
+from support import ROOT
 
 from lib.console import UserError
 from lib.run.log import read_log
-from tools import plot, reference_runs
+from tools import plot
 from train_gpt2 import main
 
 SIZES = {"n_layer": 12, "n_embd": 768, "data_dir": "edu_fineweb10B", "init_from": "scratch"}  # of a run that has peers
@@ -34,7 +33,7 @@ def curves(monkeypatch):
             drawn.append((panel, tokens.tolist(), values.tolist(), style.get("label")))
             yield panel, tokens, values, style
 
-    for name in ("curves_of_run", "curves_of_peer"):
+    for name in ("curves_of_run", "published"):
         original = getattr(plot, name)
         monkeypatch.setattr(plot, name, lambda *args, original=original: keep(original(*args)))
     return drawn
@@ -61,10 +60,19 @@ def test_two_runs_with_different_batches_lie_over_their_own_tokens(tmp_path, cur
     assert ends == {"log, validation": 1024, "large, validation": 2048}
 
 
+def test_if_the_batch_has_changed_the_tokens_are_those_of_the_log(tmp_path, curves):
+    text = "0 val 10.8\n0 train 10.9\n2 val 9.9\n3 train 9.7\n4 val 9.0\n4 tokens 4096\n6 train 8.0\n"
+    log = write_log(tmp_path / "log", text, total_batch_size=512)
+    plot.main([str(log), "--out", str(tmp_path / "out.svg")])
+    by_label = {label: tokens for _, tokens, _, label in curves}
+    assert by_label["log, validation"] == [0, 1024, 4096] and by_label["log, training"] == [0, 2560, 5120]
+    assert {panel for panel, *_ in curves} == {"val"} and "steps of" not in (tmp_path / "out.svg").read_text()
+
+
 def test_a_folder_is_named_in_the_picture_whatever_its_name(tmp_path):
     write_log(tmp_path / r"_r $\foo$", "5 train 9.9\n0 val 10.8\n0 train 10.9\n1 train 9.9\n")
     plot.main([str(tmp_path / r"_r $\foo$"), "--tokens_per_step", "512", "--out", str(tmp_path / "out.svg")])
-    assert "9.9000   _r $\\foo$, training" in texts_of(tmp_path / "out.svg")
+    assert "9.9000  _r $\\foo$, training" in texts_of(tmp_path / "out.svg")
 
 
 def texts_of(picture):
@@ -107,16 +115,6 @@ def test_the_end_of_a_fall_is_enlarged_and_of_anything_else_is_not():
         assert len(axes.child_axes) == count
 
 
-def test_the_published_runs_alone(tmp_path):
-    for name in ("out.svg", "out.png"):
-        plot.main(["--size", "124M", "--dataset", "fineweb-edu", "--out", str(tmp_path / name)])
-    texts = texts_of(tmp_path / "out.svg")
-    assert {"steps of 524,288 tokens", "3.2638  GPT2-From-Scratch 124M"} <= {*texts}
-    assert (tmp_path / "out.png").stat().st_size < 100_000  # it is in the README
-    for size in ("350M", "774M", "1558M"):  # of some sizes there are no curves
-        plot.main(["--size", size, "--out", str(tmp_path / "out.svg")])
-
-
 def test_published_runs_stand_beside_runs_of_their_size_and_data(tmp_path, curves):
     def peers(**changes):
         curves.clear()
@@ -131,8 +129,8 @@ def test_published_runs_stand_beside_runs_of_their_size_and_data(tmp_path, curve
     assert len(lines["val", "GPT2-From-Scratch 124M"]) == 78
     assert {panel for panel, _ in peers(data_dir="my_data")} == {"hella"}  # the same whatever the data
     assert peers(init_from="gpt2") == peers(n_layer=2) == {}
-    write_shards(tmp_path / "shards", [100, 100], name="edufineweb")
-    assert ("val", "GPT2-From-Scratch 124M") in peers(data_dir=str(tmp_path / "shards"))
+    other = peers(data_dir="data/fineweb10B").keys()
+    assert ("val", "llm.c 124M 2024-10") in other and ("val", "GPT2-From-Scratch 124M") not in other
 
 
 def test_the_smoothed_curve_ignores_what_is_not_finite():
@@ -160,10 +158,9 @@ def test_a_log_without_records_is_refused(tmp_path, text):
         read_log(write_log(tmp_path, text))
 
 
-def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
+def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path):
     log = write_log(tmp_path / "a", "0 val 9.0\n")
     for argv, message in {
-        (): "give the log_dir of a run, or --size",
         (str(tmp_path / "none"),): "Give the log.txt of a run, or its log_dir",
         (str(tmp_path),): "cannot read .*/log.txt",
         (str(log),): "give --tokens_per_step",
@@ -175,16 +172,6 @@ def test_what_cannot_be_drawn_is_refused_with_advice(tmp_path, monkeypatch):
             plot.main([*argv])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
-    def without_matplotlib(name, *args):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return importing(name, *args)
-
-    importing = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        plot.main([str(log), "--tokens_per_step=8"])
-
 
 def test_a_config_of_another_program_is_no_obstacle(tmp_path):
     log = write_log(tmp_path, "0 val 9.0\n", learning_rate=1)
@@ -193,18 +180,13 @@ def test_a_config_of_another_program_is_no_obstacle(tmp_path):
     plot.main([str(log), "--tokens_per_step=8", "--out", str(tmp_path / "a.png")])
 
 
-def test_the_dataset_is_known_by_the_names_of_its_shards():
-    names = {"fineweb-edu": ["edufineweb_val_000000.npy"], "fineweb": ["fineweb_val_000000.bin"], "other": ["a.npy"]}
-    for dataset, shards in {**names, "other": []}.items():
-        assert reference_runs.dataset_of(shards) == dataset
-
-
 def test_every_published_run_names_its_source():
     text = (ROOT / "assets" / "reference_runs.csv").read_text()
     comments = "".join(line for line in text.splitlines() if line.startswith("#"))
-    for size in ("124M", "350M", "774M", "1558M"):
-        for run_ in reference_runs.published(size, "fineweb-edu"):
-            assert run_.name.split(f" {size}")[0] + ":" in comments
+    for (n_layer, n_embd), size in plot.SIZES.items():
+        config = {"n_layer": n_layer, "n_embd": n_embd, "init_from": "scratch", "data_dir": "edu_fineweb10B"}
+        names = {style["label"] for *_, style in plot.published(config, 1)}
+        assert len(names) >= 2 and all(name.split(f" {size}")[0] + ":" in comments for name in names)
 
 
 def test_the_trainer_draws_while_it_runs(tiny, tmp_path):

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +24,6 @@ sys.path.append(str(Path(__file__).parent.parent))  # python tools/export_hf.py 
 import train_gpt2
 from lib.checkpoint import load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
-from lib.data.manifest import read_manifest
 from lib.files import expand, list_folder
 from lib.model.hugging_face import CONFIG, FIXED
 from lib.model.load import check_usable, rebuild, script_of
@@ -38,7 +37,7 @@ TOLERANCE = 1e-3  # of logits in float32; GPT-2's are around 100 in size
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2]{datasets}
+tags: [gpt2]
 ---
 
 # GPT-2, {parameters:.0f}M parameters
@@ -99,13 +98,9 @@ def write_tokenizer(folder, context):
     merges = [" ".join(texts[part] for part in two_parts(token, tokens)) for token in tokens if len(token) > 1]
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, "add_prefix_space": False}
     settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    write_json(folder / "vocab.json", vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n")
-    write_json(folder / "tokenizer_config.json", settings, indent=2)
-
-
-def write_json(path, contents, indent=None):
-    path.write_text(json.dumps(contents, indent=indent))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
 @torch.no_grad()
@@ -116,12 +111,8 @@ def compare_logits(folder, model, doubt):
         from transformers import GPT2LMHeadModel
         from transformers.utils import logging
     except ImportError:
-        settings = {field.name: (getattr(model.config, field.name), field.default) for field in fields(model.config)}
-        if odd := [f"{name}={v!r}" for name, (v, default) in settings.items() if name not in CONFIG and v != default]:
-            raise UserError(
-                f"the model has {', '.join(odd)}, which Hugging Face's layout cannot express: pip install "
-                "transformers, to check whether it computes the same without"
-            ) from None
+        if odd := asdict(model.config).keys() - CONFIG.keys():
+            raise UserError(f"to check that a model with {', '.join(odd)} is GPT-2, pip install transformers") from None
         return "not compared with transformers, which is not installed: make sure that the model is still GPT-2"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -133,18 +124,16 @@ def compare_logits(folder, model, doubt):
     if not difference <= TOLERANCE:  # also rejects NaN
         raise UserError(
             f"transformers' logits from the export differ from this code's by up to {difference:.3g}; {TOLERANCE} is "
-            "allowed. Hugging Face's layout cannot express how the model was changed: share the checkpoint and its code"
+            "allowed. The model is no longer GPT-2, and Hugging Face's layout cannot say so"
         )
     if doubt:
         return f"not certified: {doubt}"
     return f"compared with transformers: the same logits on {T:,} tokens, within {difference:.1e}"
 
 
-def write_folder(folder, model, facts, dataset="", doubt=""):
-    """Write the folder of a model, a GPT. facts: rows of its README.md, by what they say; dataset: its name on the hub.
-
-    The files appear complete, config.json last, or not at all. The folder may be a mount, which cannot be replaced.
-    """
+def write_folder(folder, model, facts, doubt=""):
+    """Write the folder of a model, a GPT; facts: rows of its README.md, by what they say. The files appear complete,
+    config.json last, or not at all. The folder may be a mount, which cannot be replaced."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -152,15 +141,14 @@ def write_folder(folder, model, facts, dataset="", doubt=""):
     unfinished = folder / "unfinished"
     try:
         unfinished.mkdir(parents=True)
-        write_json(unfinished / "config.json", config, indent=2)
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
         write_tokenizer(unfinished, config["n_positions"])
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which save_file makes private
         facts = {**facts, "export": compare_logits(unfinished, model, doubt)}
         parameters = sum(weight.numel() for weight in weights.values()) / 1e6
         rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
-        datasets = f"\ndatasets: [{dataset}]" if dataset else ""
-        card = CARD.format(**asdict(model.config), parameters=parameters, facts=rows, datasets=datasets)
+        card = CARD.format(**asdict(model.config), parameters=parameters, facts=rows)
         (unfinished / "README.md").write_text(card, encoding="utf-8", newline="\n")
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
@@ -183,28 +171,22 @@ def new_folder(name):
 
 
 def facts_of(checkpoint):
-    """(what the model's card says of how it was trained, by what it is; the name of its data set on the hub, or "")."""
+    """What the model's card says of how it was trained, by what it is."""
     train, step = checkpoint["train_config"], checkpoint["step"]
-    folder = train.get("data_dir", "unknown")
-    manifest = (read_manifest(folder) if os.path.isdir(folder) else None) or {}
-    data, dataset = manifest.get("source") or train.get("data_source") or folder, ""
-    if manifest.get("asked_revision"):  # only data sets of the hub have one
-        dataset = data
-        data += f" at revision {manifest['revision']}"
     tokens = checkpoint.get("tokens", step * train.get("total_batch_size", 0))
-    facts = {"data": data, "training": f"{step:,} steps, {tokens:,} tokens, from {train.get('init_from', 'scratch')}"}
+    facts = {"training": f"{step:,} steps, {tokens:,} tokens, from {train.get('init_from', 'scratch')}"}
+    facts["data"] = train.get("data_dir", "unknown")
     if checkpoint.get("val_loss") is not None:
         facts["validation loss"] = f"{checkpoint['val_loss']:.4f} nats per token"
-    script = checkpoint.get("script", ["train_gpt2.py"])[0]
-    facts["code"] = f"{script} at commit {short(checkpoint['commit'])}" if "commit" in checkpoint else script
-    return facts, dataset
+    facts["code"] = checkpoint.get("script", ["train_gpt2.py"])[0]
+    if "commit" in checkpoint:
+        facts["code"] += f" at commit {short(checkpoint['commit'])}"
+    return facts
 
 
 def export(path, folder):
     path = newest_checkpoint(expand(path))
     folder = new_folder(folder)
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder without checkpoints: give a checkpoint, or a log_dir with one")
     checkpoint = load_checkpoint(path, mmap=True)
     script, doubt = script_of(checkpoint)
     if doubt and not script:
@@ -212,17 +194,14 @@ def export(path, folder):
     script = script or train_gpt2
     model = rebuild(checkpoint, script.GPT, script.GPTConfig)
     check_usable(path, model)
-    write_folder(folder, model, *facts_of(checkpoint), doubt)
+    write_folder(folder, model, facts_of(checkpoint), doubt)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Export a checkpoint for transformers", allow_abbrev=False)
     parser.add_argument("checkpoint", help="a checkpoint of train_gpt2.py, or a log_dir")
     parser.add_argument("folder", help="the folder to create; it may exist if it is empty")
-    args = parser.parse_args()
-    run_as_command(export, args.checkpoint, args.folder)
+    run_as_command(export, *vars(parser.parse_args()).values())
 
 
 if __name__ == "__main__":

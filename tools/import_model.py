@@ -4,8 +4,7 @@ Import a GPT-2 that another program saved, as a folder like those of tools/expor
     python -m tools.import_model build-nanogpt/log/model_19072.pt my_gpt2
     python -m tools.import_model weights.safetensors my_gpt2 --n_head 12
 
-It reads checkpoints of the tutorial and of nanoGPT, state dicts and safetensors, and runs no code from them. The folder
-can be used like a checkpoint: --init_from my_gpt2, python -m tools.sample my_gpt2, python hellaswag.py -m my_gpt2. The
+It reads checkpoints of the tutorial and of nanoGPT, state dicts and safetensors, and runs no code from them. The
 optimizer is not imported, so a run from the folder begins at step 0.
 """
 
@@ -59,10 +58,8 @@ def find_sizes(path, config, weights, n_head):
     """The fields of GPTConfig, from the shapes of the weights. They do not show n_head, of which a wrong one would load
     and compute nonsense: it must be in the file's config or in the config.json beside it, or be given."""
     if odd := [f"{name}={value!r}" for name, value in config.items() if name not in HARMLESS and value]:
-        raise UserError(
-            f"the config in {path} has fields that this code does not know, so it may not be GPT-2: {', '.join(odd)}. "
-            "If they change nothing, save the weights alone, torch.save(model.state_dict(), FILE)"
-        )
+        unknown = f"fields that this code does not know: {', '.join(odd)}"
+        raise UserError(f"{path} may not be GPT-2, since its config has {unknown}. If not, save the state_dict alone")
     if path.suffix in (".safetensors", ".bin") and path.with_name("config.json").exists():
         config = hugging_face.read_config(path.with_name("config.json"))
         hugging_face.check_tokenizer(path.parent)
@@ -116,14 +113,11 @@ def import_model(path, folder, n_head=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Import a GPT-2 of another program", allow_abbrev=False)
     parser.add_argument("file", help="a checkpoint of another program, or weights")
     parser.add_argument("folder", help="the folder to create; it may exist if it is empty")
     parser.add_argument("--n_head", type=int, help="attention heads of a block, if the file does not say")
-    args = parser.parse_args()
-    run_as_command(import_model, args.file, args.folder, args.n_head)
+    run_as_command(import_model, *vars(parser.parse_args()).values())
 
 
 if __name__ == "__main__":

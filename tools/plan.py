@@ -15,7 +15,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/plan.py works, too
 from lib.config import check, parse_args
-from lib.console import UserError, run_as_command, say
+from lib.console import run_as_command, say
 from lib.data.folder import count_tokens
 from lib.device import PEAK_TFLOPS
 from lib.model.load import OPENAI_MODELS
@@ -25,6 +25,7 @@ MFU = 0.447  # of GPT-2 124M's step on one H200 (bfloat16, compile, torch 2.11.0
 GPUS = ("H200", "H100", "A100", "RTX 4090")
 CARDS = (8, 16, 24, 40, 80, 141)  # GB of memory of common GPUs
 ROOM = 0.92  # of a card's memory, without what CUDA and its libraries need
+STATE = 16 + 2  # bytes per parameter: weights, gradients, AdamW's moments in float32, autocast's 16-bit copy
 
 
 @dataclass
@@ -33,14 +34,9 @@ class PlanConfig(TrainConfig):
     price: float = 0.0  # of one GPU for an hour, in any currency
 
 
-def state_bytes(n):
-    """Bytes on each GPU: weights, gradients, AdamW's moments in float32, and autocast's 16-bit copy of the weights."""
-    return (16 + 2) * n
-
-
 def activation_bytes(c, sequences, checkpointing=False):
     """Bytes that a compiled forward pass keeps for the backward in 16 bits: in each block 16 vectors of n_embd per
-    token, one with checkpointing, and the logits once. With state_bytes this gives 26.2 and 14.2 GiB for GPT-2 124M and
+    token, one with checkpointing, and the logits once. With STATE this gives 26.2 and 14.2 GiB for GPT-2 124M and
     micro-batches of 64 and 32; 26.6 and 14.4 were measured on one H200."""
     per_token = c.vocab_size + c.n_embd * (c.n_layer + 16 if checkpointing else 16 * c.n_layer)
     return 2 * per_token * sequences * c.sequence_length
@@ -50,7 +46,7 @@ def largest_micro_batch(c, n, room):
     """The largest power of two whose micro-batch fits into this many bytes of a GPU, as text."""
     for checkpointing in (False, True):
         sizes = [2**i for i in range(10) if c.sequence_length * 2**i <= c.total_batch_size]
-        fit = [size for size in sizes if state_bytes(n) + activation_bytes(c, size, checkpointing) <= room]
+        fit = [size for size in sizes if STATE * n + activation_bytes(c, size, checkpointing) <= room]
         if fit:
             return f"{fit[-1]} sequences" + (" with activation checkpointing" if checkpointing else "")
     return "too small"
@@ -69,16 +65,14 @@ def describe(c, model, data_tokens):
         f"{tokens / n:.1f} per parameter, {tokens * flops:.2e} FLOP",
         f"disk: 2 GB per billion tokens of shards (sample-10BT: 20 GB); {c.keep_checkpoints + 1} checkpoints of "
         f"{12 * n / 1e9:.2f} GB",
-        f"memory: {state_bytes(n) / 2**30:.1f} GiB of weights, gradients and moments; largest micro-batch beside them, "
+        f"memory: {STATE * n / 2**30:.1f} GiB of weights, gradients and moments; largest micro-batch beside them, "
         "in 16 bits and compiled (computed):",
     ]
     lines += [f"  {f'{size} GB':30} {largest_micro_batch(c, n, ROOM * size * 1e9)}" for size in CARDS]
     speeds = {gpu: PEAK_TFLOPS[gpu] * 1e12 * MFU / flops for gpu in GPUS}
-    how = f"computed for an MFU of {MFU:.1%}, as measured with GPT-2 124M on one H200"
     if c.speed:
-        speeds = {"GPU": c.speed}
-        how = "at the speed given"
-    lines.append(f"time on one GPU, {how}; 8 GPUs take at least an eighth, and evaluation comes on top:")
+        speeds = {"at the speed given": c.speed}
+    lines.append(f"time on one GPU, without evaluation, at the speed given or an MFU of {MFU:.1%} (measured: H200):")
     for gpu, speed in speeds.items():
         hours = tokens / speed / 3600
         price = f", {hours * c.price:,.2f} at {c.price:g} per hour" if c.price else ""
@@ -88,8 +82,6 @@ def describe(c, model, data_tokens):
 
 def main(c):
     c = check(c, 1, OPENAI_MODELS)
-    if not (c.speed >= 0 and c.price >= 0):  # also rejects NaN
-        raise UserError(f"speed is {c.speed} and price is {c.price}: both must be 0 or more")
     with torch.device("meta"):
         model = GPT(GPTConfig.of(c))
     say(describe(c, model, count_tokens(c.data_dir)))

@@ -3,7 +3,6 @@ Draw the curves of runs over the tokens they have seen, beside published results
 
     python -m tools.plot log                                        # writes curve.png
     python -m tools.plot log other_log/log.txt --out both.png
-    python -m tools.plot --size 124M --dataset fineweb-edu          # the published runs alone
 
 log.txt counts steps. The tokens of a step, the size of the model and its data come from config.json beside it. The loss
 has a wide panel with its last part enlarged, HellaSwag a second one; each other kind of record has a small one below. A
@@ -11,74 +10,77 @@ run that started from other weights is not compared with the published ones.
 """
 
 import argparse
+import contextlib
+import csv
 import json
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/plot.py works, too
 from lib.console import UserError, run_as_command, say
-from lib.files import atomic_write, expand
+from lib.files import ROOT, atomic_write, expand
 from lib.run.log import read_log
-from tools.reference_runs import DATASETS, OTHER, SHAPES, dataset_of, published
 
 TITLES = {  # of the first panels, by kind of record; the panel of any other kind has the kind as its title
-    "val": "loss, nats per token", "hella": "HellaSwag, acc_norm", "lr": "learning rate",
-    "norm": "gradient norm",
+    "val": "loss, nats per token", "hella": "HellaSwag, acc_norm", "lr": "learning rate", "norm": "gradient norm",
 }  # fmt: skip
-WIDE = ("val", "hella")
+WIDE = {"val": "val_loss", "hella": "hellaswag_acc_norm"}  # with their columns in assets/reference_runs.csv
 FEW = 20  # up to this many records of a kind are marked with points, since the line between them was not measured
 UNITS = {1e9: "billions of tokens", 1e6: "millions of tokens", 1e3: "thousands of tokens", 1: "tokens"}
-
-
-def settings_beside(log):
-    """(tokens per step, size, dataset) of a run, from the config.json beside its log.txt; None, other if unknown."""
-    try:
-        config = json.loads(log.with_name("config.json").read_bytes())
-        data_dir = Path(config["data_dir"])
-        shards = [path.name for path in data_dir.glob("*_[tv]*") if path.suffix in (".npy", ".bin")]
-        size = SHAPES.get((config["n_layer"], config["n_embd"]), OTHER) if config["init_from"] == "scratch" else OTHER
-        return config["total_batch_size"], size, dataset_of(shards or [data_dir.name])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
-        return None, OTHER, OTHER
+SIZES = {(12, 768): "124M", (24, 1024): "350M", (36, 1280): "774M", (48, 1600): "1558M"}  # by n_layer and n_embd
 
 
 def read_run(name, tokens_per_step):
-    """The run of a log.txt or log_dir. tokens_per_step: None for what its config.json says."""
+    """The run of a log.txt or log_dir, with its settings from the config.json beside it, if there is one.
+    tokens_per_step: None for what these say."""
     path = Path(expand(name))
-    path = path / "log.txt" if os.path.isdir(path) else path
-    run = SimpleNamespace(records=read_log(path), path=Path(os.path.realpath(path)))
-    name = run.path.parent.name if path.name == "log.txt" else path.name
-    run.name = " " * name.startswith("_") + name.replace("$", r"\$")  # matplotlib gives _ and $ a meaning
-    found, run.size, run.dataset = settings_beside(run.path)
-    run.tokens_per_step = found if tokens_per_step is None else tokens_per_step
-    if not isinstance(run.tokens_per_step, int) or run.tokens_per_step < 1:
+    path = Path(os.path.realpath(path / "log.txt" if os.path.isdir(path) else path))
+    records, config = read_log(path), {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none, or another program's
+        config = {**json.loads(path.with_name("config.json").read_bytes())}
+    batch = config.get("total_batch_size") if tokens_per_step is None else tokens_per_step
+    if not isinstance(batch, int) or batch < 1:
         raise UserError(
-            f"{path} has no config.json of train_gpt2.py beside it that says how many tokens a step has: give "
-            "--tokens_per_step, the total_batch_size of the run (524288 by default), 1 or more"
+            f"{path} has no config.json beside it that says how many tokens a step has: give --tokens_per_step, the "
+            "total_batch_size of the run, 1 or more"
         )
-    return run
+    name = path.parent.name if path.name == "log.txt" else path.name
+    name = name.replace("$", r"\$")  # to matplotlib, $ begins a formula
+    tokens = records.pop("tokens", {})
+    return SimpleNamespace(name=name, path=path, records=records, tokens=tokens, tokens_per_step=batch, config=config)
+
+
+def tokens_at(run, steps):
+    """The tokens that a run was trained on before these steps, an array. If its batch has changed on the way, log.txt
+    has them at every validation from there on, and those of the steps between are interpolated."""
+    batch = run.tokens_per_step
+    known = {0: 0}
+    if run.tokens:
+        known |= {step: step * batch for step in run.records.get("val", {})} | run.tokens
+    known_steps, tokens = zip(*sorted(known.items()), strict=True)
+    return np.interp(steps, known_steps, tokens) + batch * np.maximum(steps - known_steps[-1], 0)
 
 
 def smooth(values):
     """The mean of the finite values around each one: up to a fiftieth of the curve to either side, less at its start,
     where it falls."""
-    places, finite = np.arange(len(values)), np.isfinite(values)
-    half = np.minimum(places, len(values) // 50)
-    total, count = (np.cumsum([0, *v]) for v in (np.where(finite, values, 0), finite))
-    first, end = places - half, np.minimum(places + half + 1, len(values))
-    total, count = total[end] - total[first], count[end] - count[first]
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    values = np.where(np.isfinite(values), values, np.nan)
+    halves = np.minimum(np.arange(len(values)), len(values) // 50)
+    parts = [values[i - half : i + half + 1] for i, half in enumerate(halves)]
+    return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
 
 
 def curves_of_run(run, color):
     """Yield the curves of a run: (panel, tokens, values, style) each."""
     for kind, records in run.records.items():
-        tokens, values = np.array(sorted(records.items()), dtype=float).reshape(-1, 2).T
-        tokens *= run.tokens_per_step
+        steps, values = np.array(sorted(records.items()), dtype=float).T
+        tokens = tokens_at(run, steps)
         panel = "val" if kind == "train" else kind
         label = run.name + {"train": ", training", "val": ", validation"}.get(kind, "")
         line = {"color": color, "label": label, "linewidth": 1.6, "zorder": 3}
@@ -89,23 +91,36 @@ def curves_of_run(run, color):
         yield panel, tokens, values, line
 
 
-def curves_of_peer(peer, color, end):
-    """The same of a published run or model; a model whose training is not published is a line up to `end`."""
-    for kind in WIDE:
-        points = getattr(peer, kind)
-        if points and points[0][0] is None:
-            points = [(tokens, points[0][1]) for tokens in (0, end)]
-        if points:
-            style = ":" if points[0][1] == points[-1][1] else "-"
-            yield kind, *np.array(points).T, {"color": color, "linestyle": style, "linewidth": 1.2, "label": peer.name}
+def published(config, end):
+    """Yield the same of published runs of the size of a run with this config, from assets/reference_runs.csv, which
+    names their sources; no losses on other data. A model whose training is not published is a line up to `end`."""
+    size = SIZES.get((config.get("n_layer"), config.get("n_embd"))) if config.get("init_from") == "scratch" else None
+    folder = Path(str(config.get("data_dir"))).name
+    with open(ROOT / "assets" / "reference_runs.csv") as file:
+        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if size in row["run"].split()]
+    for i, (name, group) in enumerate(groupby(rows, key=lambda row: row["run"])):
+        group = [*group]
+        data = group[0]["dataset"]  # "" if it is not known
+        is_same = not data or ("fineweb" in folder and ("edu" in folder) == ("edu" in data))
+        for panel in WIDE if is_same else ["hella"]:
+            points = [(row["tokens"], row[WIDE[panel]]) for row in group if row[WIDE[panel]]]
+            style = {"color": f"{0.3 + 0.2 * (i % 3):.1f}", "linewidth": 1.2, "label": name}
+            if points and not points[0][0]:
+                points = [(tokens, points[0][1]) for tokens in (0, end)]
+                style["linestyle"] = ":"
+            if points:
+                yield panel, *np.array(points, dtype=float).T, style
 
 
 def plot_curves(axes, curves, end, unit):
-    """Plot curves up to `end` tokens. Returns what is seen of them, (tokens, values) without gaps."""
+    """Plot curves up to `end` tokens, with the last value of each in its label. Returns what is seen of them, (tokens,
+    values) without gaps."""
     seen = []
     for tokens, values, style in curves:
         inside = np.isfinite(values) & (tokens <= end)
         marker = "." if inside.sum() <= FEW and style.get("linestyle") != ":" else None
+        if "label" in style and inside.any():
+            style = {**style, "label": f"{values[inside][-1]:.4f}  {style['label']}"}
         axes.plot(tokens[tokens <= end] / unit, values[tokens <= end], marker=marker, **style)
         seen.append((tokens[inside], values[inside]))
     axes.grid(alpha=0.3)
@@ -125,16 +140,11 @@ def enlarge_the_end(axes, curves, seen, end, unit):
     inset.tick_params(labelsize="small")
 
 
-def list_beside(axes, curves, end):
+def list_beside(axes):
     """A legend at the right of the axes, in the order of the last values, which it shows."""
-    named = []
-    for (tokens, values, style), line in zip(curves, axes.lines, strict=True):
-        last = values[np.isfinite(values) & (tokens <= end)][-1:]
-        if "label" in style and len(last):
-            named.append((last[0], f"{last[0]:.4f}  {style['label']}", line))
-    named.sort(key=lambda item: -item[0])
-    _, texts, lines = zip(*named, strict=True) if named else ((), (), ())
-    axes.legend(lines, texts, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    named = zip(*axes.get_legend_handles_labels(), strict=True)
+    named = sorted((item for item in named if item[1][0].isdigit()), key=lambda item: -float(item[1].split()[0]))
+    axes.legend(*zip(*named, strict=True), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def lay_out(figure, wide, small):
@@ -150,19 +160,12 @@ def lay_out(figure, wide, small):
     return places
 
 
-def draw(runs, peers, out):
-    """Draw runs, of read_run, and peers, of published, into a picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plotting needs matplotlib, which is not installed: pip install matplotlib") from None
+def draw(runs, out):
+    """Draw runs, of read_run, and published ones of the first one's size into a picture."""
     curves = [curve for i, run in enumerate(runs) for curve in curves_of_run(run, f"C{i % 10}")]
-    # to the end of the runs, or else of the published ones
-    of_peers = [tokens for peer in peers for tokens, _ in peer.val if tokens]
-    steps = {run.tokens_per_step for run in runs} or {524288}  # the published runs'
-    end = max([tokens.max() for _, tokens, _, _ in curves] or of_peers or [0]) or max(steps)
-    for i, peer in enumerate(peers):
-        curves += curves_of_peer(peer, f"{0.3 + 0.2 * (i % 3):.1f}" if runs else f"C{i % 10}", end)
+    steps = {run.tokens_per_step for run in runs}
+    end = max(tokens.max() for _, tokens, _, _ in curves) or max(steps)
+    curves += published(runs[0].config, end)
     unit = next(unit for unit in UNITS if unit <= end)
     found = {curve[0] for curve in curves}
     panels = [panel for panel in TITLES if panel in found] + sorted(found - TITLES.keys())
@@ -177,12 +180,12 @@ def draw(runs, peers, out):
         axes.set_title(TITLES.get(panel, panel.replace("$", r"\$")) + last)
         axes.set_xlim(-0.005 * end / unit, end / unit)
         if panel in wide:
-            list_beside(axes, of_panel, end)
+            list_beside(axes)
         if panel == "val":
             enlarge_the_end(axes, of_panel, seen, end, unit)
     for axes in places[len(wide) - 1 :]:
         axes.set_xlabel(UNITS[unit])
-    if len(steps) == 1:
+    if len(steps) == 1 and not any(run.tokens for run in runs):
         tokens_per_step = max(steps)
         functions = (lambda x: x * unit / tokens_per_step, lambda x: x * tokens_per_step / unit)
         places[0].secondary_xaxis("top", functions=functions).set_xlabel(f"steps of {tokens_per_step:,} tokens")
@@ -195,22 +198,14 @@ def draw(runs, peers, out):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw the curves of runs", allow_abbrev=False)
-    parser.add_argument("logs", nargs="*", metavar="LOG", help="a log.txt, or the log_dir that holds one")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="a log.txt, or the log_dir that holds one")
     parser.add_argument("--out", default="curve.png", help="a .png, .pdf or .svg file (default: %(default)s)")
     parser.add_argument("--tokens_per_step", type=int, help="of every LOG (default: from config.json beside it)")
-    parser.add_argument("--size", choices=SHAPES.values(), help="without LOG: draw the published runs of this size")
-    parser.add_argument("--dataset", choices=[*DATASETS, OTHER], default=OTHER, help="of the published runs' losses")
     args = parser.parse_args(argv)
-    if not args.logs and not args.size:
-        raise UserError("nothing to draw: give the log_dir of a run, or --size 124M --dataset fineweb-edu")
     runs = [read_run(log, args.tokens_per_step) for log in args.logs]
     for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
         run.name = str(run.path)
-    kinds = {(run.size, run.dataset) for run in runs} or {(args.size, args.dataset)}
-    peers = {}  # each one once, with its losses if one of the runs has its data
-    for peer in [peer for kind in sorted(kinds) for peer in published(*kind)]:
-        peers[peer.name] = peer if peer.val else peers.get(peer.name, peer)
-    draw(runs, [*peers.values()], expand(args.out))
+    draw(runs, expand(args.out))
     say(f"drawn: {args.out}")
 
 

@@ -38,16 +38,14 @@ def read_prompt(prompt):
     """The text of --prompt; None: standard input. The last newline of a file is not part of it."""
     try:
         if prompt is None:
-            data = sys.stdin.buffer.read().removesuffix(b"\n")
+            data = sys.stdin.buffer.read()
         elif prompt.startswith("FILE:"):
-            data = Path(expand(prompt.removeprefix("FILE:"))).read_bytes().removesuffix(b"\n")
+            data = Path(expand(prompt.removeprefix("FILE:"))).read_bytes()
         else:
-            data = prompt.encode()
-        return data.decode()
-    except OSError as error:
-        raise UserError(f"cannot read the prompt: {error}. Name another file, or give the text itself") from None
-    except UnicodeError as error:
-        raise UserError(f"the prompt is not UTF-8 text ({error}): convert it, or give another") from None
+            return prompt.encode().decode()
+        return data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")  # as some editors write
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read the prompt as UTF-8 text: {error}") from None
 
 
 def ask():
@@ -112,17 +110,12 @@ def print_samples(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Sample text from a model", allow_abbrev=False)
     default = " (default: %(default)s)"
-    parser.add_argument(
-        "model", help="a checkpoint, log_dir, exported folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-    )
+    parser.add_argument("model", help="a checkpoint, log_dir, exported folder, or an OpenAI name such as gpt2")
     parser.add_argument("--prompt", help="the text to continue, or FILE:name (default: standard input, or ask)")
     parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt" + default)
-    help = "tokens at most; beyond the model's context length each one needs longer"
-    parser.add_argument("--max_new_tokens", type=int, default=200, help=help + default)
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens at most" + default)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token" + default)
     parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest; 0: from all" + default)
     parser.add_argument("--top_p", type=float, default=1.0, help="and from the likeliest of this probability" + default)
