@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def test_the_home_of_nobody_is_refused(tiny, home):
         main(tiny(log_dir="~no-such-user/log"))
 
 
+def draw_to(path):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "log.txt").write_text("0 val 9.0\n")
+        plot.main([folder, "--tokens_per_step=1", "--out", str(path)])
+
+
 def uses(tiny, checkpoint):
     """What takes a path, by name: functions of one."""
     return {
@@ -60,7 +67,7 @@ def uses(tiny, checkpoint):
         "sample": lambda path: sample.model_to_sample(str(path), "cpu"),
         "prompt": lambda path: sample.read_prompt(f"FILE:{path}"),
         "plot": lambda path: plot.main([str(path)]),
-        "plot --out": lambda path: plot.main([str(Path(checkpoint).parent), "--out", str(path)]),
+        "plot --out": draw_to,
         "export_hf from": lambda path: export(path, "never"),
         "export_hf to": lambda path: export(checkpoint, path),
     }
