@@ -4,9 +4,8 @@ Export a checkpoint to a folder in Hugging Face's layout, which transformers, ll
     python -m tools.export_hf log/model_19073.pt my_gpt2
     python -m tools.export_hf log my_gpt2                   # the newest checkpoint in log/
 
-The folder has OpenAI's 50257 tokens, without the padding rows of the vocabulary, and can be used like a checkpoint:
---init_from my_gpt2, python hellaswag.py -m my_gpt2, python -m tools.sample my_gpt2. If transformers is installed, its
-logits must equal this code's, or no folder is written.
+The folder has OpenAI's 50257 tokens, without the padding rows of the vocabulary, and can be used like a checkpoint, as
+in --init_from my_gpt2. If transformers is installed, its logits must equal this code's, or no folder is written.
 """
 
 import argparse
@@ -64,8 +63,7 @@ def to_theirs(model):
         raise UserError("the model is no longer GPT-2: its head, lm_head.weight, differs from its embedding")
     theirs = {their: config[our] for our, their in CONFIG.items()}
     theirs |= {"vocab_size": VOCAB_SIZE, "bos_token_id": EOT, "eos_token_id": EOT, **FIXED, **DROPOUT}
-    theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    theirs["n_ctx"] = theirs["n_positions"]  # its old name, which llama.cpp reads
+    theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32", "n_ctx": theirs["n_positions"]}  # of llama.cpp
     weights = train_gpt2.GPT.from_openai(weights)  # transposing is its own inverse
     weights["transformer.wte.weight"] = weights.pop("lm_head.weight")[:VOCAB_SIZE]
     return theirs, {name: weight.contiguous() for name, weight in weights.items()}
@@ -172,7 +170,8 @@ def new_folder(name):
 
 def facts_of(checkpoint):
     """What the model's card says of how it was trained, by what it is."""
-    train, step = checkpoint["train_config"], checkpoint["step"]
+    train = checkpoint["train_config"]
+    step = checkpoint["step"]
     tokens = checkpoint.get("tokens", step * train.get("total_batch_size", 0))
     facts = {"training": f"{step:,} steps, {tokens:,} tokens, from {train.get('init_from', 'scratch')}"}
     facts["data"] = train.get("data_dir", "unknown")

@@ -100,7 +100,8 @@ def read_foreign(path, n_head=None):
 
 
 def import_model(path, folder, n_head=None):
-    path, folder = Path(expand(path)), new_folder(folder)
+    path = Path(expand(path))
+    folder = new_folder(folder)
     checkpoint, notes = read_foreign(path, n_head)
     try:
         model = rebuild(checkpoint, GPT, GPTConfig)

@@ -53,8 +53,7 @@ def largest_micro_batch(c, n, room):
 
 
 def describe(c, model, data_tokens):
-    """The plan of a run with the settings c, a PlanConfig, as text; the model may be on the meta device. data_tokens:
-    those of its training shards, None if there are no shards yet."""
+    """The plan of a run with the settings c, a PlanConfig; data_tokens: in its training shards, None without shards."""
     n = sum(p.numel() for p in model.parameters())
     tokens = c.max_steps * c.total_batch_size
     flops = model.flops_per_token(c.sequence_length)

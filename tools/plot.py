@@ -5,8 +5,7 @@ Draw the curves of runs over the tokens they have seen, beside published results
     python -m tools.plot log other_log/log.txt --out both.png
 
 log.txt counts steps. The tokens of a step, the size of the model and its data come from config.json beside it. The loss
-has a wide panel with its last part enlarged, HellaSwag a second one; each other kind of record has a small one below. A
-run that started from other weights is not compared with the published ones.
+has a wide panel with its last part enlarged, HellaSwag a second one; each other kind of record has a small one below.
 """
 
 import argparse
@@ -40,11 +39,16 @@ def read_run(name, tokens_per_step):
     """The run of a log.txt or log_dir, with its settings from the config.json beside it, if there is one.
     tokens_per_step: None for what these say."""
     path = Path(expand(name))
-    path = Path(os.path.realpath(path / "log.txt" if os.path.isdir(path) else path))
-    records, config = read_log(path), {}
+    if os.path.isdir(path):
+        path /= "log.txt"
+    path = Path(os.path.realpath(path))
+    records = read_log(path)
+    config = {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # none, or another program's
         config = {**json.loads(path.with_name("config.json").read_bytes())}
-    batch = config.get("total_batch_size") if tokens_per_step is None else tokens_per_step
+    batch = config.get("total_batch_size")
+    if tokens_per_step is not None:
+        batch = tokens_per_step
     if not isinstance(batch, int) or batch < 1:
         raise UserError(
             f"{path} has no config.json beside it that says how many tokens a step has: give --tokens_per_step, the "
@@ -70,10 +74,10 @@ def tokens_at(run, steps):
 def smooth(values):
     """The mean of the finite values around each one: up to a fiftieth of the curve to either side, less at its start,
     where it falls."""
-    values = np.where(np.isfinite(values), values, np.nan)
     halves = np.minimum(np.arange(len(values)), len(values) // 50)
     parts = [values[i - half : i + half + 1] for i, half in enumerate(halves)]
-    return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
+    parts = [part[np.isfinite(part)] for part in parts]
+    return np.array([part.mean() if len(part) else np.nan for part in parts])
 
 
 def curves_of_run(run, color):
@@ -94,7 +98,9 @@ def curves_of_run(run, color):
 def published(config, end):
     """Yield the same of published runs of the size of a run with this config, from assets/reference_runs.csv, which
     names their sources; no losses on other data. A model whose training is not published is a line up to `end`."""
-    size = SIZES.get((config.get("n_layer"), config.get("n_embd"))) if config.get("init_from") == "scratch" else None
+    if config.get("init_from") != "scratch":  # the loss of a run from other weights says nothing beside them
+        return
+    size = SIZES.get((config.get("n_layer"), config.get("n_embd")))
     folder = Path(str(config.get("data_dir"))).name
     with open(ROOT / "assets" / "reference_runs.csv") as file:
         rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if size in row["run"].split()]
@@ -113,8 +119,7 @@ def published(config, end):
 
 
 def plot_curves(axes, curves, end, unit):
-    """Plot curves up to `end` tokens, with the last value of each in its label. Returns what is seen of them, (tokens,
-    values) without gaps."""
+    """Plot curves up to `end` tokens, with their last values in the labels. Returns what is seen, (tokens, values)."""
     seen = []
     for tokens, values, style in curves:
         inside = np.isfinite(values) & (tokens <= end)

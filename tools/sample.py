@@ -5,9 +5,8 @@ Sample text from a model, printed token by token.
     python -m tools.sample gpt2 --prompt FILE:story.txt --num_samples 3 --top_p 0.9
     python -m tools.sample log/model_19073.pt            # asks for prompts; Ctrl-D exits
 
-The model is a checkpoint, a log_dir (its newest checkpoint), a folder by tools/export_hf.py, or an OpenAI name. A text
-ends at <|endoftext|>. GPT-2 continues a text, it does not answer: give it the beginning of what you want to read. An
-empty prompt begins a new text.
+The model is a checkpoint, a log_dir (its newest checkpoint), a folder by tools/export_hf.py, or an OpenAI name. GPT-2
+continues a text, up to <|endoftext|>; it does not answer. An empty prompt begins a new text.
 """
 
 import argparse

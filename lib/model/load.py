@@ -52,7 +52,8 @@ def chosen(settings, config_class):
     """The fields of a model's config, but for sizes, to which these settings give another value than the default."""
     found = {}
     for field in fields(config_class):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
+        make = field.default_factory
+        default = field.default if make is MISSING else make()
         value = getattr(settings, field.name, default)
         if field.name not in SIZES and value != default:
             found[field.name] = value
@@ -102,8 +103,7 @@ def script_of(checkpoint):
         return None, ""
     if not (ROOT / name).is_file():
         return None, f"{name}, which trained this, is not in {ROOT}/"
-    changed = hash_file(ROOT / name) != digest
-    doubt = f"{name} has changed since it trained this" if changed else ""
+    doubt = f"{name} has changed since it trained this" * (hash_file(ROOT / name) != digest)
     return importlib.import_module(name.removesuffix(".py")), doubt
 
 
