@@ -36,8 +36,7 @@ SIZES = {(12, 768): "124M", (24, 1024): "350M", (36, 1280): "774M", (48, 1600): 
 
 
 def read_run(name, tokens_per_step):
-    """The run of a log.txt or log_dir, with its settings from the config.json beside it, if there is one.
-    tokens_per_step: None for what these say."""
+    """The run of a log.txt or log_dir, with its settings from config.json, which tokens_per_step overrides."""
     path = Path(expand(name))
     if os.path.isdir(path):
         path /= "log.txt"
@@ -124,8 +123,9 @@ def plot_curves(axes, curves, end, unit):
     for tokens, values, style in curves:
         inside = np.isfinite(values) & (tokens <= end)
         marker = "." if inside.sum() <= FEW and style.get("linestyle") != ":" else None
-        if "label" in style and inside.any():
-            style = {**style, "label": f"{values[inside][-1]:.4f}  {style['label']}"}
+        if "label" in style:
+            last = f"{values[inside][-1]:.4f}" if inside.any() else "nan"
+            style = {**style, "label": f"{last}  {style['label']}"}
         axes.plot(tokens[tokens <= end] / unit, values[tokens <= end], marker=marker, **style)
         seen.append((tokens[inside], values[inside]))
     axes.grid(alpha=0.3)
@@ -146,9 +146,9 @@ def enlarge_the_end(axes, curves, seen, end, unit):
 
 
 def list_beside(axes):
-    """A legend at the right of the axes, in the order of the last values, which it shows."""
+    """A legend at the right of the axes, in the order of the last values, with which the labels begin."""
     named = zip(*axes.get_legend_handles_labels(), strict=True)
-    named = sorted((item for item in named if item[1][0].isdigit()), key=lambda item: -float(item[1].split()[0]))
+    named = sorted(named, key=lambda item: -float(item[1].split()[0]))
     axes.legend(*zip(*named, strict=True), loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
