@@ -96,7 +96,7 @@ def test_a_world_size_without_torchrun_is_one_rank(size, tiny, tmp_path):
 def test_three_ranks_validate_as_one_does(tiny, tmp_path):
     one, three = (tiny(log_dir=str(tmp_path / n), total_batch_size=1536, val_tokens=1088, max_steps=5) for n in "13")
     main(one)
-    result = run("train_gpt2.py", *flags_of(three), ranks=3)
+    result = run_warm("train_gpt2.py", *flags_of(three), ranks=3)
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path / "3", "val") == pytest.approx(losses(tmp_path / "1", "val"), abs=1.01e-4)
 
