@@ -60,7 +60,7 @@ class Run:
         self.before_due = None  # the states before what is due at this step
         self.clock = Stopwatch()
         self.timed_from = 0
-        self.saved = self.resumed_at = self.beside = None
+        self.saved = self.resumed_at = self.beside = self.log = self.samples = self.tracker = None
         if checkpoint:
             self.resume(checkpoint)
         elif folder.resume:
@@ -115,15 +115,12 @@ class Run:
         """Whether something done every so many steps before the update is due at this one; at the last step, everything
         is. The checkpoint of a step holds the states before all of that, so a resume does it again from the same."""
         is_due = every > 0 and (self.step % every == 0 or self.step == self.max_steps)
-        if is_due and self.before_due is None:
-            self.before_due = {
-                name: copy.deepcopy(part.state_dict())
-                for name, part in self.parts.items()
-                if name not in ("model", "optimizer")  # which change in the update only, but for the model's buffers
-            }
+        if is_due and self.before_due is None:  # model and optimizer change in the update only, but for buffers
+            others = [name for name in self.parts if name not in ("model", "optimizer")]
+            self.before_due = {name: copy.deepcopy(self.parts[name].state_dict()) for name in others}
             model = self.parts["model"]
             kept = model.state_dict().keys()
-            self.buffers = {name: b.clone() for name, b in model.named_buffers() if name in kept}
+            self.before_due["model"] = {name: b.clone() for name, b in model.named_buffers() if name in kept}
         return is_due
 
     def say(self, *messages):
@@ -183,8 +180,7 @@ class Run:
             if is_main_rank() or not collected:
                 states[name] = part.state_dict()
         if self.before_due is not None:
-            states |= self.before_due
-            states["model"] |= self.buffers
+            states |= {**self.before_due, "model": states["model"] | self.before_due["model"]}
         states |= {**self.facts, "step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite}
         return {**states, "val_loss": self.metrics["val_loss"], "seconds": dict(self.clock)}
 
