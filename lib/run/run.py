@@ -60,18 +60,13 @@ class Run:
         self.before_due = None  # the states before what is due at this step
         self.clock = Stopwatch()
         self.timed_from = 0
-        self.saved = self.resumed_at = self.beside = self.log = self.samples = self.tracker = None
+        self.saved = self.resumed_at = self.beside = self.log = self.samples = self.tracker = self.caught = None
         if checkpoint:
             self.resume(checkpoint)
-        elif folder.resume:
-            began = self.settings["init_from"]
-            print0(f"no checkpoint in {folder.path.absolute()}/ yet: starting at step 0, from {began}")
         self.check_contents()
         if is_main_rank():
             self.open_logs()
         wait_for_all()  # a tracker may take a while to start
-        folder.on_stop = self.save_stopped
-        self.caught = catch_signals()
 
     def resume(self, checkpoint):
         changes = compare_runs(checkpoint, self.facts)
@@ -103,6 +98,11 @@ class Run:
     def steps(self):
         """Yield the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
         first = self.step
+        if self.folder.resume and self.saved is None:
+            began = self.settings["init_from"]
+            print0(f"no checkpoint in {self.folder.path.absolute()}/ yet: starting at step 0, from {began}")
+        self.folder.on_stop = self.save_stopped
+        self.caught = catch_signals()  # before, there is nothing to save
         for step in range(first, self.max_steps + 1):
             self.step = step
             self.before_due = None
@@ -248,10 +248,15 @@ class Run:
         """Print the results of a finished run, write them to log_dir/summary.md, and suggest what to do next. changed:
         settings that are not the defaults, as text. Returns the last metrics."""
         self.check_saved()
+        self.folder.on_stop = None  # all is saved
         self.metrics |= {"step": self.step, "tokens": self.tokens}
         print0(f"done: {self.clock}")
-        if not is_main_rank():
-            return self.metrics
+        if is_main_rank():
+            self.summarize(devices, changed, scored)
+        self.check_stop()  # a signal that came during the last samples, or now
+        return self.metrics
+
+    def summarize(self, devices, changed, scored):
         parameters = sum(p.numel() for p in self.parts["model"].parameters())
         rows = summary.results(self.metrics, self.clock, parameters, self.timed_from)
         for what, value in rows:
@@ -269,4 +274,3 @@ class Run:
             prompt = shlex.quote(self.settings.get("sample_prompt", ""))
             score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
             say(f"next: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
-        return self.metrics
