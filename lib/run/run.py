@@ -5,6 +5,7 @@ Bookkeeping around the training loop: steps, records, checkpoints, signals, and 
 import contextlib
 import copy
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -89,6 +90,9 @@ class Run:
                 file.write(json.dumps(self.settings, indent=1).encode() + b"\n")
         except OSError as error:
             say(f"warning: {path}/config.json cannot be written: {error}")
+        needed = 12 * sum(p.numel() for p in self.parts["model"].parameters())  # weights and two moments in float32
+        if (free := shutil.disk_usage(path).free) < needed:
+            say(f"WARNING: {path}/ has {free / 1e9:.2f} GB free, a checkpoint takes {needed / 1e9:.2f}: make room")
         self.log = Log(path / "log.txt", self.step)
         self.samples = Log(path / "samples.txt", self.step)
         self.tracker = Tracker(self.settings.get("tracker"), path, self.step, self.settings)
@@ -129,9 +133,10 @@ class Run:
             print0(f"step {self.step:5d} | {message}")
 
     def show_samples(self, texts):
-        """Print texts that the model wrote, and add them to samples.txt."""
-        self.say(*[f"sample {text!r}" for text in texts])
+        """Add texts that the model wrote to samples.txt, and print a line of each, but for those of random weights."""
         for text in texts:
+            if self.step:
+                self.say(f"sample {text!r:.75}")
             self.samples.record(self.step, {"sample": repr(text)})
 
     def record(self, **values):
@@ -213,7 +218,8 @@ class Run:
             nice = ["nice", "-n", "19"] if shutil.which("nice") else []
             nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             command = [*nice, sys.executable, *map(str, command)]
-            self.beside = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **nowhere)
+            environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
+            self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
             self.folder.stack.callback(self.wait_beside)
 
     def wait_beside(self):

@@ -43,7 +43,8 @@ def one_run():
         raise UserError("another run is in progress in this process: wait for it, or start a process for each")
     before = {number: signal.getsignal(number) for number in stop_signals()}
     try:
-        yield
+        with torch.enable_grad():  # a notebook may have switched gradients off
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
