@@ -113,6 +113,14 @@ def test_a_world_size_without_torchrun_is_one_rank(size, tiny, tmp_path):
     assert result.returncode == 0 and list(losses(tmp_path / "log", "train")) == [0], result.stdout
 
 
+@pytest.mark.parametrize("names", [["RANK"], ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"], ["LOCAL_RANK"]])
+def test_an_environment_of_ranks_that_is_set_in_part_is_refused_by_name(names, tiny, monkeypatch):
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=f"^{', '.join(names)} are set, but not .*start with torchrun"):
+        main(tiny())
+
+
 def test_three_ranks_validate_as_one_does(tiny, tmp_path):
     one, three = (tiny(log_dir=str(tmp_path / n), total_batch_size=1536, val_tokens=1088, max_steps=5) for n in "13")
     main(one)
