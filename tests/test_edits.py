@@ -126,7 +126,6 @@ def first_records(script, folder, items):
     return begin | {"hella": scores[0].tolist()}, found[1, "train"]
 
 
-@pytest.mark.quick
 def test_an_edit_takes_effect_where_it_must_and_nowhere_else(folder):
     """All in one test: each is compared with the script as it is."""
     items = folder / "hellaswag"
@@ -141,7 +140,6 @@ def test_an_edit_takes_effect_where_it_must_and_nowhere_else(folder):
         assert its_end != end or name.startswith("a soft cap that"), name
 
 
-@pytest.mark.quick
 def test_the_faster_loss_gives_way_with_a_line_and_comes_back(folder, capsys):
     train(edited(folder))
     assert "the loss is that of GPT.forward" not in capsys.readouterr().out

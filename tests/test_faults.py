@@ -624,7 +624,24 @@ def test_a_diverged_run_ends_with_the_remedy_and_not_in_its_samples(small):
 # The end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_during_the_last_samples_ends_a_loop_around_the_run(small, log_dir, monkeypatch, capfd):
+    sample, calls = train_gpt2.sample, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return sample(*args)
+
+    monkeypatch.setattr(train_gpt2, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(small(vocab_size=50304, n_embd=8, sample_every=100, max_steps=1))
+    out, err = capfd.readouterr()
+    assert "next: python" in out and err.count("once more ends now, unsaved") == 1
+    assert (log_dir / "model_00001.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_the_exit_code_tells_the_signal(number, torchrun, small, log_dir, undisturbed, monkeypatch, capsys):
     with monkeypatch.context() as patch:

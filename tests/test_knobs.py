@@ -27,6 +27,26 @@ def test_a_switch_takes_true_and_false(name, flags, value):
     assert getattr(config, name) is value and config.max_steps == 3
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--max-lr=1e-3", "--data-dir=my-data", "--no-compile"], None),
+        (["--max_learning_rate=1"], "unknown flag --max_learning_rate"),
+        (["--min-lr-ration=1"], "unknown flag --min_lr_ration, did you mean --min_lr_ratio?"),
+        (["--local-rank=1"], "start with torchrun"),
+    ],
+)
+def test_dashes_are_underscores_and_an_unknown_flag_has_a_short_answer(flags, words, capsys):
+    if words:
+        with pytest.raises(SystemExit):
+            parse_args(flags)
+        err = capsys.readouterr().err
+        assert (words in err or "unrecognized" in err) and len(err.splitlines()) <= 3
+    else:
+        config = parse_args(flags)
+        assert (config.max_lr, config.data_dir, config.compile) == (1e-3, "my-data", False)
+
+
 def test_a_switch_that_is_neither_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--compile=maybe"])
