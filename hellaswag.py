@@ -128,6 +128,8 @@ def make_batches(examples, rank=0, world_size=1, max_length=1024, style="complet
     Items of similar length go together. Every rank gets the same number of batches, of which the last may be empty.
     """
     items = [{**encode(example, style), "place": place} for place, example in enumerate(examples)]
+    if (long := sum(item["width"] > max_length + 1 for item in items)) and rank == 0:
+        say(f"HellaSwag: {long:,} of {len(items):,} items are longer than {max_length} tokens: their contexts are cut")
     mine, batches = sorted(items, key=lambda item: item["width"])[rank::world_size], []
     for start in range(0, -(-len(items) // world_size), batch_size):
         share = mine[start : start + batch_size]

@@ -98,7 +98,7 @@ PRESETS = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=32),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, micro_batch_size=16),  # 774M
     "gpt2-xl": dict(  # 1558M; twice the batch of the others: 19,073 steps are two epochs of 10 billion tokens
-        n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, total_batch_size=1048576, micro_batch_size=8,
+        n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, warmup_steps=358, total_batch_size=1048576, micro_batch_size=8,
     ),
     "small": {**SMALL, "data_dir": "my_data", "log_dir": "my_log", "sample_prompt": "The"},  # for about 1 MB of text
     "demo": {  # on the documentation of Python and NumPy

@@ -4,9 +4,11 @@ The settings of a run: from the command line or from Python, as plain values wit
 
 import argparse
 import ast
+import difflib
 import functools
 import inspect
 import re
+import sys
 import types
 import typing
 from dataclasses import fields, replace
@@ -115,23 +117,47 @@ def parse(text, kind):
 
 def comments_of(dataclass):
     """The comment that stands beside each field in the source, by the field's name."""
-    source = "".join(inspect.getsource(kind) for kind in reversed(dataclass.__mro__[:-1]))
+    try:
+        source = "".join(inspect.getsource(kind) for kind in reversed(dataclass.__mro__[:-1]))
+    except (OSError, TypeError):  # python -m cProfile and the like borrow the main module
+        return {}
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
 
 
+def with_underscores(word):
+    """A word of the command line, a flag with underscores in place of dashes."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """Say in a line what is wrong, with the flag that may have been meant."""
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        if unknown and unknown[1] == "--local_rank":
+            message = "--local-rank is torch.distributed.launch's: start with torchrun"
+        elif unknown and (near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1)):
+            message = f"unknown flag {unknown[1]}, did you mean {near[0]}?"
+        super().error(message)
+
+
 def parse_args(dataclass, presets, description, argv=None):
-    """The command line as a dataclass: its defaults, the preset's overrides, then the flags. Every field is a flag."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    """The command line as a dataclass: its defaults, the preset's overrides, then the flags. Every field is a flag,
+    which may be written with dashes."""
+    usage = "%(prog)s [--preset NAME] [--SETTING VALUE ...]; --help lists every setting"
+    parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=presets, default="gpt2", help="a named set of overrides (default: gpt2)")
     comments, kinds = comments_of(dataclass), typing.get_type_hints(dataclass)
     for field in fields(dataclass):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".strip().replace("%", "%%")
         flag = {"type": functools.partial(parse, kind=kinds[field.name]), "help": text}
         if bool in options(kinds[field.name]):
-            parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help="switches it off")
+            names = f"--no-{field.name}", f"--no_{field.name}"
+            parser.add_argument(*names, dest=field.name, action="store_false", help="switches it off")
             flag |= {"nargs": "?", "const": True, "metavar": "BOOL"}
         parser.add_argument(f"--{field.name}", **flag)
-    flags = vars(parser.parse_args(argv))
+    words = map(with_underscores, sys.argv[1:] if argv is None else argv)
+    flags = vars(parser.parse_args(list(words)))
     return dataclass(**{**presets[flags.pop("preset")], **flags})
 
 

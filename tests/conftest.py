@@ -20,6 +20,16 @@ for name in list(os.environ):  # of a job that the tests are started in
         del os.environ[name]
 
 
+QUICK = ("test_edits.py", "test_hellaswag.py", "test_model.py", "test_sample.py", "test_tokenizer.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    """python -m pytest -m quick: what a changed line of the lesson may break."""
+    for item in items:
+        if item.path.name in QUICK and "compile" not in item.name and not item.get_closest_marker("by_hand"):
+            item.add_marker("quick")
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A function that makes the TrainConfig of a tiny run on CPU; its shards are in tmp_path/data."""

@@ -3,15 +3,18 @@
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +30,7 @@ import train_gpt2  # noqa: E402
 from lib.checkpoint import load_checkpoint  # noqa: E402
 
 PROBES = ROOT / "tests" / "probes"
+OURS = ("lib", "tools", "train_gpt2", "fineweb", "hellaswag")
 
 TINY = dict(
     n_layer=2, n_head=2, n_embd=32, vocab_size=512, sequence_length=32, total_batch_size=512, micro_batch_size=2,
@@ -108,27 +112,49 @@ def run(script, *args, ranks=0, cwd=None, env=None, timeout=150):
     )  # fmt: skip
 
 
-def run_script(script, args, env, output):
-    """In a process that was forked from one in which torch is loaded already: what `python script args` does."""
-    with open(output, "wb") as file:
+def run_script(script, args, env, output, folder):
+    """In a process that was forked from one in which torch is loaded already: what `python script args` does, in a
+    folder with a copy of the scripts if one is given."""
+    with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
+    if folder:
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+            del sys.modules[name]
     sys.argv = [script, *args]
     runpy.run_path(script, run_name="__main__")
 
 
-def run_warm(script, *args, env=None, timeout=150):
-    """As `run`, four times as fast: for promises that are not about how a program starts."""
+def run_warm(script, *args, env=None, timeout=150, ranks=0, folder=None):
+    """As `run`, four times as fast: for promises that are not about how a program starts. With ranks, there is no
+    torchrun; if one rank fails, the others are killed, as by torchrun."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_gpt2"])  # which imports fineweb and hellaswag
-    with tempfile.NamedTemporaryFile() as output:
-        work = (str(ROOT / script), [str(arg) for arg in args], env or {}, output.name)
-        process = context.Process(target=run_script, args=work)
-        process.start()
-        process.join(timeout)
-        assert process.exitcode is not None, "it did not end in time: " + Path(output.name).read_text()
-        return subprocess.CompletedProcess(work, process.exitcode, Path(output.name).read_text(errors="replace"))
+    context.set_forkserver_preload(["fineweb", "train_gpt2"])
+    with tempfile.NamedTemporaryFile() as output, socket.socket() as port:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        group |= {"MASTER_PORT": port.getsockname()[1]}
+        port.close()
+        processes = []
+        for rank in range(max(1, ranks)):
+            of_rank = {**group, "RANK": rank, "LOCAL_RANK": rank} if ranks else {}
+            settings = {name: str(value) for name, value in {**of_rank, **(env or {})}.items()}
+            work = (str(ROOT / script), [str(arg) for arg in args], settings, output.name, folder)
+            processes.append(context.Process(target=run_script, args=work))
+            processes[-1].start()
+        end = time.monotonic() + timeout
+        while any(process.exitcode is None for process in processes) and time.monotonic() < end:
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], timeout=1)
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.kill()
+        code = next((p.exitcode for p in processes if p.exitcode not in (0, -signal.SIGKILL)), processes[0].exitcode)
+        assert code is not None, "it did not end in time: " + Path(output.name).read_text()
+        return subprocess.CompletedProcess(args, code, Path(output.name).read_text(errors="replace"))
 
 
 def flags_of(config, **overrides):

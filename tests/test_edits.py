@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import ROOT, assert_same, load, make_items, run, write_shards
+from support import ROOT, assert_same, load, make_items, run_warm, write_shards
 
 import hellaswag
 from lib.checkpoint import load_checkpoint
@@ -126,7 +126,6 @@ def first_records(script, folder, items):
     return begin | {"hella": scores[0].tolist()}, found[1, "train"]
 
 
-@pytest.mark.quick
 def test_an_edit_takes_effect_where_it_must_and_nowhere_else(folder):
     """All in one test: each is compared with the script as it is."""
     items = folder / "hellaswag"
@@ -141,7 +140,6 @@ def test_an_edit_takes_effect_where_it_must_and_nowhere_else(folder):
         assert its_end != end or name.startswith("a soft cap that"), name
 
 
-@pytest.mark.quick
 def test_the_faster_loss_gives_way_with_a_line_and_comes_back(folder, capsys):
     train(edited(folder))
     assert "the loss is that of GPT.forward" not in capsys.readouterr().out
@@ -476,7 +474,7 @@ def test_a_sharded_optimizer_is_collected_and_resumes_and_ranks_draw_their_own_d
         text = text.replace(old, new)
     (folder / "train_zero.py").write_text(text)
     flags = [*FLAGS, f"--data_dir={folder}/data", "--max_steps=4"]
-    whole = run(folder / "train_zero.py", *flags, f"--log_dir={folder}/whole", ranks=2)
+    whole = run_warm(folder / "train_zero.py", *flags, f"--log_dir={folder}/whole", ranks=2)
     assert whole.returncode == 0, whole.stdout
     state = load(folder / "whole" / "model_00004.pt")["optimizer"]["state"]
     assert len(state) == 16 and all({"exp_avg", "exp_avg_sq", "step"} == part.keys() for part in state.values())
@@ -485,7 +483,7 @@ def test_a_sharded_optimizer_is_collected_and_resumes_and_ranks_draw_their_own_d
         torch.manual_seed(step_seed(1337, step, rank))
         assert float(torch.rand(1)) in drawn
     for extra in ["--max_steps=2"], ["--max_steps=4", "--init_from=resume"]:
-        part = run(folder / "train_zero.py", *flags, f"--log_dir={folder}/part", *extra, ranks=2)
+        part = run_warm(folder / "train_zero.py", *flags, f"--log_dir={folder}/part", *extra, ranks=2)
         assert part.returncode == 0, part.stdout
     last = np.array([float(records(folder / name)[3, "train"]) for name in ("whole", "part")])
     assert np.isfinite(last).all() and "max_steps 2 -> 4" in part.stdout

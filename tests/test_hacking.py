@@ -2,11 +2,9 @@
 
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from support import PROBES, ROOT, environment, write_shards
+from support import PROBES, ROOT, run_warm, write_shards
 
 PAGE = (ROOT / "docs" / "hacking.md").read_text()
 SECTIONS = {title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)}
@@ -49,9 +47,5 @@ def test_a_change_of_the_page_trains_resumes_and_does_what_it_says(title, tmp_pa
     apply(SECTIONS[title], tmp_path)
     for seed, name in enumerate(("data", "my_data")):
         write_shards(tmp_path / name, [1500, 5000, 3001], seed=seed)
-    command = [sys.executable, PROBES / "hacked.py", title, *FLAGS, *CHOSEN.get(title, [])]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, timeout=150,
-    )  # fmt: skip
+    result = run_warm(PROBES / "hacked.py", title, *FLAGS, *CHOSEN.get(title, []), folder=tmp_path)
     assert result.returncode == 0, result.stdout

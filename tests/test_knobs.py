@@ -27,6 +27,26 @@ def test_a_switch_takes_true_and_false(name, flags, value):
     assert getattr(config, name) is value and config.max_steps == 3
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--max-lr=1e-3", "--data-dir=my-data", "--no-compile"], None),
+        (["--max_learning_rate=1"], "unknown flag --max_learning_rate"),
+        (["--min-lr-ration=1"], "unknown flag --min_lr_ration, did you mean --min_lr_ratio?"),
+        (["--local-rank=1"], "start with torchrun"),
+    ],
+)
+def test_dashes_are_underscores_and_an_unknown_flag_has_a_short_answer(flags, words, capsys):
+    if words:
+        with pytest.raises(SystemExit):
+            parse_args(flags)
+        err = capsys.readouterr().err
+        assert (words in err or "unrecognized" in err) and len(err.splitlines()) <= 3
+    else:
+        config = parse_args(flags)
+        assert (config.max_lr, config.data_dir, config.compile) == (1e-3, "my-data", False)
+
+
 def test_a_switch_that_is_neither_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--compile=maybe"])
@@ -93,10 +113,18 @@ def test_a_world_size_without_torchrun_is_one_rank(size, tiny, tmp_path):
     assert result.returncode == 0 and list(losses(tmp_path / "log", "train")) == [0], result.stdout
 
 
+@pytest.mark.parametrize("names", [["RANK"], ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"], ["LOCAL_RANK"]])
+def test_an_environment_of_ranks_that_is_set_in_part_is_refused_by_name(names, tiny, monkeypatch):
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=f"^{', '.join(names)} are set, but not .*start with torchrun"):
+        main(tiny())
+
+
 def test_three_ranks_validate_as_one_does(tiny, tmp_path):
     one, three = (tiny(log_dir=str(tmp_path / n), total_batch_size=1536, val_tokens=1088, max_steps=5) for n in "13")
     main(one)
-    result = run("train_gpt2.py", *flags_of(three), ranks=3)
+    result = run_warm("train_gpt2.py", *flags_of(three), ranks=3)
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path / "3", "val") == pytest.approx(losses(tmp_path / "1", "val"), abs=1.01e-4)
 

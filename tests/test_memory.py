@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support import PROBES, flags_of, losses, run, write_shards
+from support import PROBES, flags_of, losses, run, run_warm, write_shards
 
 from lib.console import UserError
 from lib.model import rehearsal
@@ -20,7 +20,7 @@ def test_what_does_not_fit_on_one_rank_is_made_smaller_on_all(tiny, tmp_path):
     shape = dict(sequence_length=64, n_embd=64, total_batch_size=2 * 256 * 64, max_steps=2, val_every=0)
     main(tiny(log_dir=str(tmp_path / "free"), micro_batch_size=32, **shape))
     config = tiny(log_dir=str(tmp_path / "limited"), micro_batch_size=256, **shape)
-    result = run(PROBES / "limited_memory.py", *flags_of(config), ranks=2, timeout=100)
+    result = run_warm(PROBES / "limited_memory.py", *flags_of(config), ranks=2, timeout=100)
     assert result.returncode == 0, result.stdout
     assert "reduced from 256: out of memory" in result.stdout
     free, limited = (losses(tmp_path / name, "train") for name in ("free", "limited"))

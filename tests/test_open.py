@@ -211,6 +211,39 @@ def test_nothing_is_dropped_from_the_log_without_a_copy(tiny, tmp_path, monkeypa
     assert dropped == [line for line in before if int(line.split()[0]) >= 10]
 
 
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+def test_a_log_that_was_moved_is_opened_anew(how, tiny, tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log" / "log.txt"
+    moved = log.with_name("log.txt.1")
+
+    def move():
+        os.replace(log, moved)
+        if how == "replaced":  # as sed -i does
+            log.write_text(moved.read_text())
+        if how != "renamed":
+            moved.unlink()
+
+    at_step(monkeypatch, {7}, move)
+    main(tiny(max_steps=12))
+    assert list(losses(tmp_path / "log", "train")) == list(range(0 if how == "replaced" else 7, 12))
+    assert capsys.readouterr().out.count("was moved, removed or replaced") == 1
+    assert (tmp_path / "log" / "model_00012.pt").exists()
+
+
+def test_weights_are_saved_though_the_log_cannot_be_written(tiny, tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log" / "log.txt"
+
+    def block():
+        log.unlink()
+        log.mkdir()
+
+    at_step(monkeypatch, {7}, block)
+    with pytest.raises(UserError, match="not all of log.txt"):
+        main(tiny(max_steps=12))
+    assert "log.txt CANNOT BE WRITTEN" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "log" / "model_00012.pt")["step"] == 12
+
+
 # -----------------------------------------------------------------------------
 # Loops around runs
 

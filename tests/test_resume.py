@@ -21,7 +21,7 @@ from support import (
     ranks_of,
     read_log,
     read_until,
-    run,
+    run_warm,
     start,
     terminate,
     write_shards,
@@ -60,7 +60,7 @@ def test_resuming_with_other_ranks_and_micro_batches_keeps_the_losses(tiny, tmp_
     at_step(monkeypatch, {19}, terminate)
     with pytest.raises(Stopped):
         main(tiny(log_dir=str(tmp_path / "log"), micro_batch_size=4, **config))
-    result = run("train_gpt2.py", *flags_of(tiny(init_from="resume", micro_batch_size=2, **config)), ranks=2)
+    result = run_warm("train_gpt2.py", *flags_of(tiny(init_from="resume", micro_batch_size=2, **config)), ranks=2)
     assert result.returncode == 0 and "resuming at step 20" in result.stdout, result.stdout
     for kind, count in (("train", 60), ("val", 4)):
         whole, log = (losses(tmp_path / d, kind) for d in ("whole", "log"))

@@ -20,6 +20,7 @@ from support import (
     make_items,
     read_log,
     run,
+    run_warm,
     write_shards,
 )
 
@@ -76,7 +77,7 @@ def test_micro_batch_size_changes_nothing(tiny, tmp_path):
 def test_two_ranks_equal_one(tiny, tmp_path):
     main(tiny(log_dir=str(tmp_path / "one"), micro_batch_size=4))
     config = tiny(log_dir=str(tmp_path / "two"), micro_batch_size=2)  # 4 micro-batches on each of 2 ranks
-    result = run("train_gpt2.py", *flags_of(config), ranks=2)
+    result = run_warm("train_gpt2.py", *flags_of(config), ranks=2)
     assert result.returncode == 0, result.stdout
     for kind, count, tolerance in (("train", 20, 1e-5), ("val", 5, 1.01e-4)):
         one, two = (losses(tmp_path / d, kind) for d in ("one", "two"))
@@ -93,13 +94,13 @@ def test_two_ranks_equal_one(tiny, tmp_path):
 
 
 def test_gradients_are_equal_on_both_ranks_and_synchronized_once_a_step(tiny, tmp_path):
-    result = run(PROBES / "synchronization.py", *flags_of(tiny()), ranks=2)
+    result = run_warm(PROBES / "synchronization.py", *flags_of(tiny()), ranks=2)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("group left True, steps checked 20") == 2
 
 
 def test_the_gradients_lie_in_the_buckets_of_ddp_and_nowhere_else(tiny):
-    result = run(PROBES / "gradient_storage.py", *flags_of(tiny(max_steps=3)), ranks=2)
+    result = run_warm(PROBES / "gradient_storage.py", *flags_of(tiny(max_steps=3)), ranks=2)
     assert result.returncode == 0 and result.stdout.count("outside 0 bytes, kept 28 of 28") == 6, result.stdout
 
 
@@ -248,9 +249,9 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     settings = {**TINY, "vocab_size": 50304, "n_layer": 1, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 5,
                 "val_every": 2, "sample_every": 2, "data_dir": str(tmp_path / "data")}  # fmt: skip
     env = {"TORCH_LOGS": "recompiles", "HELLASWAG_FOLDER": str(tmp_path)}
-    for name, compile in (("plain", "--no-compile"), ("compiled", "--compile")):
+    for name, flag, start in (("plain", "--no-compile", run_warm), ("compiled", "--compile", run)):
         flags = flags_of(TrainConfig(**settings, log_dir=str(tmp_path / name)))
-        result = run(PROBES / "hellaswag_at.py", *flags, compile, env=env, timeout=280)
+        result = start(PROBES / "hellaswag_at.py", *flags, flag, env=env, timeout=280)
         assert result.returncode == 0, result.stdout
     before, after = re.split(r"step +0/5 ", result.stdout)
     assert "compile on" in before and "Recompiling" not in after
@@ -261,6 +262,7 @@ def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
         assert compiled == pytest.approx(plain, abs=tolerance)
 
 
+@pytest.mark.by_hand
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers on CPU")
 @pytest.mark.timeout(600)
 def test_a_user_id_without_an_account_trains_compiled(tiny, tmp_path):

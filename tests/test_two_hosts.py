@@ -46,6 +46,7 @@ def test_ranks_that_start_again_share_nothing_with_the_dead():
         assert [s.get("address") for s in stores.values()] == [str(start).encode()] * world_size
 
 
+@pytest.mark.by_hand
 @pytest.mark.skipif(not allowed(), reason="takes network namespaces: Linux, root and iproute2")
 @pytest.mark.timeout(500)
 def test_a_worker_killed_on_two_hosts_is_replaced_and_the_losses_are_those_of_one_process():

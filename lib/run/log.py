@@ -88,6 +88,7 @@ class Log:
                     return
             say(f"warning: {self.path} was moved, removed or replaced: writing a new one")
             self.file.close()
+            self.file = None
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def flush(self, sync=False):

@@ -5,6 +5,7 @@ Bookkeeping around the training loop: steps, records, checkpoints, signals, and 
 import contextlib
 import copy
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -60,18 +61,13 @@ class Run:
         self.before_due = None  # the states before what is due at this step
         self.clock = Stopwatch()
         self.timed_from = 0
-        self.saved = self.resumed_at = self.beside = None
+        self.saved = self.resumed_at = self.beside = self.log = self.samples = self.tracker = self.caught = None
         if checkpoint:
             self.resume(checkpoint)
-        elif folder.resume:
-            began = self.settings["init_from"]
-            print0(f"no checkpoint in {folder.path.absolute()}/ yet: starting at step 0, from {began}")
         self.check_contents()
         if is_main_rank():
             self.open_logs()
         wait_for_all()  # a tracker may take a while to start
-        folder.on_stop = self.save_stopped
-        self.caught = catch_signals()
 
     def resume(self, checkpoint):
         changes = compare_runs(checkpoint, self.facts)
@@ -94,6 +90,9 @@ class Run:
                 file.write(json.dumps(self.settings, indent=1).encode() + b"\n")
         except OSError as error:
             say(f"warning: {path}/config.json cannot be written: {error}")
+        needed = 12 * sum(p.numel() for p in self.parts["model"].parameters())  # weights and two moments in float32
+        if (free := shutil.disk_usage(path).free) < needed:
+            say(f"WARNING: {path}/ has {free / 1e9:.2f} GB free, a checkpoint takes {needed / 1e9:.2f}: make room")
         self.log = Log(path / "log.txt", self.step)
         self.samples = Log(path / "samples.txt", self.step)
         self.tracker = Tracker(self.settings.get("tracker"), path, self.step, self.settings)
@@ -103,6 +102,11 @@ class Run:
     def steps(self):
         """Yield the steps from here to max_steps, inclusive: the last weights are evaluated and saved, too."""
         first = self.step
+        if self.folder.resume and self.saved is None:
+            began = self.settings["init_from"]
+            print0(f"no checkpoint in {self.folder.path.absolute()}/ yet: starting at step 0, from {began}")
+        self.folder.on_stop = self.save_stopped
+        self.caught = catch_signals()  # before, there is nothing to save
         for step in range(first, self.max_steps + 1):
             self.step = step
             self.before_due = None
@@ -115,15 +119,12 @@ class Run:
         """Whether something done every so many steps before the update is due at this one; at the last step, everything
         is. The checkpoint of a step holds the states before all of that, so a resume does it again from the same."""
         is_due = every > 0 and (self.step % every == 0 or self.step == self.max_steps)
-        if is_due and self.before_due is None:
-            self.before_due = {
-                name: copy.deepcopy(part.state_dict())
-                for name, part in self.parts.items()
-                if name not in ("model", "optimizer")  # which change in the update only, but for the model's buffers
-            }
+        if is_due and self.before_due is None:  # model and optimizer change in the update only, but for buffers
+            others = [name for name in self.parts if name not in ("model", "optimizer")]
+            self.before_due = {name: copy.deepcopy(self.parts[name].state_dict()) for name in others}
             model = self.parts["model"]
             kept = model.state_dict().keys()
-            self.buffers = {name: b.clone() for name, b in model.named_buffers() if name in kept}
+            self.before_due["model"] = {name: b.clone() for name, b in model.named_buffers() if name in kept}
         return is_due
 
     def say(self, *messages):
@@ -132,9 +133,10 @@ class Run:
             print0(f"step {self.step:5d} | {message}")
 
     def show_samples(self, texts):
-        """Print texts that the model wrote, and add them to samples.txt."""
-        self.say(*[f"sample {text!r}" for text in texts])
+        """Add texts that the model wrote to samples.txt, and print a line of each, but for those of random weights."""
         for text in texts:
+            if self.step:
+                self.say(f"sample {text!r:.75}")
             self.samples.record(self.step, {"sample": repr(text)})
 
     def record(self, **values):
@@ -183,8 +185,7 @@ class Run:
             if is_main_rank() or not collected:
                 states[name] = part.state_dict()
         if self.before_due is not None:
-            states |= self.before_due
-            states["model"] |= self.buffers
+            states |= {**self.before_due, "model": states["model"] | self.before_due["model"]}
         states |= {**self.facts, "step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite}
         return {**states, "val_loss": self.metrics["val_loss"], "seconds": dict(self.clock)}
 
@@ -217,7 +218,8 @@ class Run:
             nice = ["nice", "-n", "19"] if shutil.which("nice") else []
             nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             command = [*nice, sys.executable, *map(str, command)]
-            self.beside = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **nowhere)
+            environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
+            self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
             self.folder.stack.callback(self.wait_beside)
 
     def wait_beside(self):
@@ -252,10 +254,15 @@ class Run:
         """Print the results of a finished run, write them to log_dir/summary.md, and suggest what to do next. changed:
         settings that are not the defaults, as text. Returns the last metrics."""
         self.check_saved()
+        self.folder.on_stop = None  # all is saved
         self.metrics |= {"step": self.step, "tokens": self.tokens}
         print0(f"done: {self.clock}")
-        if not is_main_rank():
-            return self.metrics
+        if is_main_rank():
+            self.summarize(devices, changed, scored)
+        self.check_stop()  # a signal that came during the last samples, or now
+        return self.metrics
+
+    def summarize(self, devices, changed, scored):
         parameters = sum(p.numel() for p in self.parts["model"].parameters())
         rows = summary.results(self.metrics, self.clock, parameters, self.timed_from)
         for what, value in rows:
@@ -273,4 +280,3 @@ class Run:
             prompt = shlex.quote(self.settings.get("sample_prompt", ""))
             score = f"; python hellaswag.py -m {checkpoint}" if scored else ""
             say(f"next: python -m tools.sample {checkpoint} --prompt={prompt}{score}")
-        return self.metrics

@@ -17,10 +17,22 @@ RUNNING = threading.Lock()  # held by the run of this process
 
 
 def stop_signals():
-    """The signals that stop a run; none if it is in a thread, where Python delivers no signals."""
+    """The signals that end a program unless it handles them; none in a thread, where Python delivers no signals."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    names = (
+        "SIGTERM",
+        "SIGINT",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGUSR2",
+        "SIGXCPU",
+        "SIGALRM",
+        "SIGVTALRM",
+        "SIGPROF",
+        "SIGPWR",
+    )
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -31,7 +43,8 @@ def one_run():
         raise UserError("another run is in progress in this process: wait for it, or start a process for each")
     before = {number: signal.getsignal(number) for number in stop_signals()}
     try:
-        yield
+        with torch.enable_grad():  # a notebook may have switched gradients off
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -39,29 +52,37 @@ def one_run():
 
 
 def catch_signals():
-    """Handle signals. Returns caught(), the signal that stops the run, the same on all ranks: None unless one of them
-    got SIGTERM, SIGINT or SIGHUP.
+    """Handle the signals that would end the run. Returns caught(), the signal that stops it, the same on all ranks:
+    None unless one of them got one.
 
     A second signal ends the process immediately, unless it comes within a second, under torchrun within ten: schedulers
-    signal both torchrun and its workers, and torchrun passes the signal on. A SIGHUP that nohup ignores stays ignored.
-    If a torchrun was killed, the workers of all machines stop as well, with SIGKILL as the signal.
+    signal both torchrun and its workers, and torchrun passes the signal on. A signal that is ignored, as SIGHUP under
+    nohup, stays ignored, and a handler of the user's own is kept. If a torchrun was killed, the workers of all machines
+    stop as well, with SIGKILL as the signal.
     """
-    signals, parent, is_rank = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
+    signals = []
+    parent = os.getppid()
+    is_rank = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number, frame):
         if signals and time.monotonic() - signals[0][0] > (10 if is_rank else 1):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if not signals and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # not print(), which may be at work
+                os.write(2, b"stopping after this step; once more ends now, unsaved\n")
         signals.append((time.monotonic(), number))
 
     def caught():
         number = signals[0][1] if signals else 0
-        number = signal.SIGKILL if is_rank and os.getppid() != parent else number
+        if is_rank and os.getppid() != parent:
+            number = signal.SIGKILL
         mine = [int(number == other) for other in range(1, signal.NSIG)]
         counts = sum_over_ranks(torch.tensor(mine, device=group_device())).tolist()  # of ranks that got each signal
         return max((other for other, count in enumerate(counts, start=1) if count), default=None)
 
     for number in stop_signals():
-        if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+        free = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        if free or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
     return caught

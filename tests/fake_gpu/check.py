@@ -166,7 +166,7 @@ def out_of_memory(lab):
             lab.new_log()
             output = trained_in_peace(lab, f"{LARGE} {flags}", gib=140 if room is None else peak + room)
             peak = peak or max(map(float, re.findall(r"at most ([\d.]+) GiB", output)))
-            fewer = "do not fit in memory" in output
+            fewer = "reduced from" in output
             expect(not fewer if room is None or room > 0.2 else fewer or room > -0.5, f"{room} GiB more", output)
 
 
