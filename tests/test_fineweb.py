@@ -617,6 +617,7 @@ def test_split_on_makes_documents_of_a_txt(mark, tmp_path):
     (tmp_path / "a.txt").write_bytes(f"\n{mark}\n".join(texts).replace("\n", "\r\n").encode() + mark.encode())
     manifest = fineweb.build(str(tmp_path / "a.txt"), tmp_path / "out", shard_size=90, workers=1, split_on=mark)
     assert decode_documents(tmp_path / "out") == texts and manifest["documents"] == 30
+    assert manifest["skipped_empty"] == (29 if mark == "\n\n" else 0)  # between two of four newlines
     tokens = np.concatenate([np.load(tmp_path / "out" / shard["file"]) for shard in manifest["shards"]])
     assert tokens.tolist() == [token for text in texts for token in [50256, *fineweb.encode(text).tolist()]]
     with pytest.raises(UserError, match="split_on"):

@@ -77,16 +77,17 @@ def text_documents(path, split_on):
     """The documents of a .txt, a single one unless split_on is given, without the newlines around a separator. A long
     one comes in pieces, which are tokenized in parallel."""
     with open_text(path) as file:
-        content = file.read().replace(b"\r\n", b"\n")
+        content = file.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # a byte order mark is no text
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-LFS pointer to the text: run git lfs pull in its folder first")
     if content.count(b"\0") > len(content) // 100:  # much of UTF-16 is valid UTF-8
         raise UserError(f"{path} is not UTF-8 but looks like UTF-16; convert it: iconv -f UTF-16LE -t UTF-8")
-    texts = [content.decode("utf-8-sig")]
-    if split_on:
-        texts = [text.strip("\n") for text in texts[0].split(split_on)]
+    texts = content.split(split_on.encode()) if split_on else [content]  # of bytes: a str may be four times as large
+    if split_on and not texts[-1].strip(b"\n"):  # after a separator at the end
+        texts.pop()
     for text in texts:
-        for number, piece in enumerate(pieces(text)):
+        document = (text.strip(b"\n") if split_on else text).decode()
+        for number, piece in enumerate(pieces(document)):
             yield More(piece) if number else piece
 
 
