@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,22 +30,18 @@ from pathlib import Path
 import numpy as np
 
 from lib.console import UserError, run_as_command, say
-from lib.data.folder import is_built
-from lib.data.local import check_texts
 from lib.data.manifest import find_manifest, read_manifest, write_manifest, write_shard
-from lib.data.progress import Progress
-from lib.data.readers import More, documents_of, format_of
-from lib.data.ready_made import copy_shards
-from lib.data.shards import FINEWEB_EDU, name_shard
-from lib.data.sources import DOWNLOADS, check_disk, estimate_tokens, find_source
-from lib.files import expand, lock_folder
+from lib.data.readers import More, check_texts, documents_of, format_of
+from lib.data.shards import FINEWEB_EDU, name_shard, split_of
+from lib.data.sources import estimate_tokens, find_source, open_source
+from lib.files import expand, list_folder, lock_folder
 from lib.tokenizer import EOT, encode, get_tokenizer
 
 # the CPUs that this process may use, often not all of a cluster's machine; about 12 workers keep the parent busy
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 # -----------------------------------------------------------------------------
-# Documents to tokens
+# Text to shards
 
 
 def start_worker():
@@ -91,8 +88,9 @@ def tokenize_in_parallel(chunks, pool, workers):
         for file, row, texts in chunks:
             pending.append((file, row, pool.submit(tokenize, texts)))
             if len(pending) == 8 * workers:  # bounds memory, and keeps workers busy while a shard is written
-                file, row, future = pending.popleft()
+                file, row, future = pending[0]
                 yield file, row, *future.result()
+                pending.popleft()  # not before: nothing may follow a chunk that failed
     except UserError as error:
         failure = error
     for file, row, future in pending:
@@ -101,54 +99,51 @@ def tokenize_in_parallel(chunks, pool, workers):
         raise failure
 
 
-# -----------------------------------------------------------------------------
-# Tokens to shards
-
-
-def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
-    """Tokenize the files from `progress` on and write the shards.
-
-    progress: where the last shard ends, `skip` tokens after the start of the document at a row of a file. Until all are
-    written, the counts in the manifest are those up to that document. may_cut: whether text that ends within the
-    validation shard may be cut into smaller shards.
-    """
-    shards, skip = manifest["shards"], progress["skip"]
-    buffer, filled = np.empty(manifest["shard_size"], "<u2"), 0
+def pack_shards(out, manifest, progress, paths, estimate, may_cut, pool, workers):
+    """Tokenize the files from `progress` on and write the shards. may_cut: whether text that ends within the validation
+    shard may be cut into smaller shards. progress: where the last shard ends, `skip` tokens after the start of the
+    document at a row of a file. Until all are written, the counts in the manifest are those up to that document."""
+    shards = manifest["shards"]
+    skip = progress["skip"]
+    buffer = np.empty(manifest["shard_size"], "<u2")
+    filled = 0
     start = {**manifest, "progress": progress}
+    before = sum(shard["tokens"] for shard in shards)
+    begin = time.monotonic()
 
     def add_shard(tokens, progress):
         if not shards:
             write_manifest(out, start)  # first: shards without a manifest are not ours
         name = f"{name_shard(manifest['source'], len(shards))}.npy"
-        shards.append(write_shard(out / name, lambda file: np.save(file, tokens)))
+        shards.append(write_shard(out / name, tokens))
         if progress:
             write_manifest(out, manifest, progress=progress)
+        done = sum(shard["tokens"] for shard in shards)
+        speed = (done - before) / (time.monotonic() - begin) / 1e6
+        say(f"{name}: {done:,} of about {estimate:,} tokens, {speed:.1f}M tokens/s", sys.stderr)
 
-    how = manifest.get("text_column"), progress["row"], manifest.get("split_on")
-    todo = chunks(paths(progress["file"]), *how)
+    todo = chunks(paths(progress["file"]), manifest.get("text_column"), progress["row"], manifest.get("split_on"))
     for file, row, tokens, documents, empty in tokenize_in_parallel(todo, pool, workers):
         taken = min(skip, len(tokens))
-        new, skip = len(tokens) - taken, skip - taken
+        skip -= taken
         while taken < len(tokens):
             if filled == len(buffer):
                 add_shard(buffer, {"file": file, "row": row, "skip": taken})
                 filled = 0
             count = min(len(tokens) - taken, len(buffer) - filled)
             buffer[filled : filled + count] = tokens[taken : taken + count]
-            filled, taken = filled + count, taken + count
+            filled += count
+            taken += count
         manifest["documents"] += documents
         manifest["skipped_empty"] += empty
         manifest["tokens"] += len(tokens)
-        bar.update(new, manifest, manifest["files"][file]["file"])
     if not shards:  # all of the text is in the buffer
         tenth = max(1, filled // 10)
         if not may_cut or filled < 2:
-            raise UserError(
-                f"{manifest['source']} has {filled:,} tokens, which leaves none for training after a validation shard "
-                f"of {len(buffer):,}: provide more text, or give --shard_size {tenth}"
-            )
+            raise UserError(f"{filled:,} tokens leave none for training: add text, or give --shard_size {tenth}")
         manifest["shard_size"] = tenth
-    size, end = manifest["shard_size"], {"file": len(manifest["files"]), "row": 0, "skip": 0}
+    size = manifest["shard_size"]
+    end = {"file": len(manifest["files"]), "row": 0, "skip": 0}
     for first in range(0, filled, size):  # several only when the text was cut; recorded together
         add_shard(buffer[first : min(first + size, filled)], end if first + size >= filled else None)
 
@@ -158,53 +153,43 @@ def pack_shards(out, manifest, progress, paths, may_cut, pool, workers, bar):
 
 
 def build_shards(out, wanted, manifest, more, paths, pool, workers):
-    """Make the shards that the manifest (None at first) does not list yet; returns the complete manifest.
-
-    more: what a new manifest says besides `wanted`. paths(first): the (index, path) of the files from one on.
-    """
-    files, estimate = more["files"], estimate_tokens(more["files"])
-    ready_made = files[0]["file"].endswith(".bin")
+    """Make the shards that the manifest (None at first; a new one has `wanted` and `more`) does not list yet; returns
+    the complete manifest. paths(first): the (index, path) of the files from one on."""
+    files = more["files"]
+    estimate = estimate_tokens(files)
     if not manifest:
-        manifest = {"version": 2, "shard_size": 0, **wanted, **more}
-        if not (manifest["shard_size"] or ready_made):
+        manifest = {"version": 3, "shard_size": 0, **wanted, **more}
+        if not manifest["shard_size"]:
             manifest["shard_size"] = max(1, min(100_000_000, estimate // 10))
             say(f"{out}: shards of {manifest['shard_size']:,} tokens, since the source has about {estimate:,}")
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
-    done = sum(shard["tokens"] for shard in manifest["shards"])
-    progress = manifest.pop("progress", {"file": 0, "row": 0, "skip": 0})
-    if "version" not in manifest and progress["row"] and format_of(files[progress["file"]]["file"]) == "txt":
-        progress = {"file": 0, "row": 0, "skip": done}  # the rows of a .txt were others
-        manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0}
-    bar = Progress(estimate, done)
-    if ready_made:
-        copy_shards(out, manifest, progress, paths, bar)
-    else:
-        pack_shards(out, manifest, progress, paths, "shard_size" not in wanted, pool, workers, bar)
+        manifest["progress"] = {"file": 0, "row": 0, "skip": 0}
+    progress = manifest.pop("progress")
+    if manifest.get("version") != 3 and progress["row"] and format_of(files[progress["file"]]["file"]) == "txt":
+        progress = {"file": 0, "row": 0, "skip": sum(shard["tokens"] for shard in manifest["shards"])}
+        manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0}  # the rows of a .txt were others
+    pack_shards(out, manifest, progress, paths, estimate, "shard_size" not in wanted, pool, workers)
     manifest["complete"] = True
     write_manifest(out, manifest)
-    where = files[0]["file"] if len(files) == 1 else f"{len(files):,} files"
-    if "sample" in files[0] and len(files) > 1:
-        where += " in the order of a hash of their names"
     say(
         f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} "
-        f"shards; {manifest['skipped_empty']:,} documents without text left out; the first "
-        f"{manifest['shards'][0]['tokens']:,} tokens of {where} are held out for validation"
+        f"shards; {manifest['skipped_empty']:,} documents without text left out; held out for validation: the first "
+        f"{manifest['shards'][0]['tokens']:,} tokens, in the order of the files in manifest.json"
     )
     return manifest
 
 
 def build(
     source, out, shard_size=None, workers=None, start_method=None,
-    name=None, split="train", text_column="text", revision=None, keep=False, verify=False, split_on=None,
+    name=None, split="train", text_column="text", revision=None, verify=False, split_on=None,
 ):  # fmt: skip
     """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
     unfinished one is continued after its last shard. shard_size defaults to a tenth of the tokens estimated from the
-    sizes of the files, 100M at most. If another process builds in the folder, waits for it.
-
-    Raises UserError for a source that cannot be read and for a folder that holds something else.
+    sizes of the files, 100M at most. If another process builds in the folder, waits for it. Raises UserError for a
+    source that cannot be read and for a folder that holds something else.
     """
     out, workers = Path(expand(out)), workers or WORKERS
-    about, files, open_source = find_source(source, name, split, text_column, revision, split_on)
+    about, files = find_source(source, name, split, text_column, revision, split_on)
     wanted = {**about, "tokenizer": "gpt2"} | ({"shard_size": shard_size} if shard_size else {})
     manifest = find_manifest(out, wanted, files, verify)
     if manifest and manifest["complete"]:
@@ -217,38 +202,37 @@ def build(
     except OSError as error:
         for worker in set(multiprocessing.active_children()) - set(others):
             worker.terminate()
-        raise UserError(
-            f"cannot start {workers} worker processes: {error}. They need room for {workers} more processes (ulimit "
-            "-u, or give fewer --workers) and, for their locks, a writable /dev/shm"
-        ) from error
+        limits = "check ulimit -u, and that /dev/shm, which has their locks, is writable"
+        raise UserError(f"cannot start {workers} worker processes: {error}; {limits}") from error
     try:
         with pool:
-            more, paths = open_source(out / DOWNLOADS, manifest, keep)
-            if not manifest:
-                check_texts(files, paths, text_column, about.get("split_on"), pool)
-            check_disk(out, manifest, more["files"], keep)
+            more, paths = open_source(source, about, files, manifest, out)
+            if not manifest and files and source != "demo":
+                check_texts([path for _, path in paths(0)], text_column, about["split_on"], pool)
             with lock_folder(out, wait=True):
                 if manifest != read_manifest(out):  # another process was at work
                     manifest = find_manifest(out, wanted, files, verify)
-                    more, paths = open_source(out / DOWNLOADS, manifest, keep)
+                    more, paths = open_source(source, about, files, manifest, out)
                 if manifest and manifest["complete"]:
                     return manifest
                 return build_shards(out, wanted, manifest, more, paths, pool, workers)
     except BrokenProcessPool as error:
-        raise UserError(
-            f"{error} Its own message, if it left one, is above. If there is none, it may have been killed for lack of "
-            "memory: give fewer --workers. If it names the bootstrapping phase, call build() below "
-            'if __name__ == "__main__"'
-        ) from error
+        raise UserError(f"{error} If it left no message above, it may lack memory: give fewer --workers") from error
 
 
 def build_missing(source, out):
-    """Build the shards of a folder that is missing or unfinished, in a process of its own."""
-    if not is_built(out):
-        flags = ["--source", source, "--out", out]
-        say(f"{out}/ is missing or unfinished, building it: python fineweb.py {shlex.join(flags)}")
-        if subprocess.run([sys.executable, __file__, *flags]).returncode:
-            raise UserError(f"building {out} failed, see above")
+    """Build the shards of a folder that is missing or unfinished, in a process of its own. Raises UserError if it holds
+    other files."""
+    manifest = read_manifest(out)
+    names = [path.name for path in list_folder(out)]
+    if manifest["complete"] if manifest else any(map(split_of, names)):
+        return  # shards without a manifest are another program's, and complete
+    if not manifest and any(name != "lock" and name[0] != "." and not name.endswith(".tmp") for name in names):
+        raise UserError(f"{out}/ holds other files and no shards: build them with python fineweb.py")
+    flags = ["--source", source, "--out", out]
+    say(f"{out}/ is missing or unfinished, building it: python fineweb.py {shlex.join(flags)}")
+    if subprocess.run([sys.executable, __file__, *flags]).returncode:
+        raise UserError(f"building {out} failed, see above")
 
 
 def main():
@@ -263,7 +247,6 @@ def main():
     flag("--text_column", default="text", help="of .parquet and .jsonl (default: %(default)s)")
     flag("--revision", help="branch, tag or commit on the hub (default: FineWeb-Edu's is pinned, else main)")
     flag("--split_on", help=r"separator of the documents in a .txt, for example <|endoftext|> or \n\n")
-    flag("--keep", action="store_true", help=f"keep the downloaded files, in {DOWNLOADS}/ of --out")
     flag("--verify", action="store_true", help="verify the sha256 of every existing shard")
     args = parser.parse_args()
     if args.workers < 1 or (args.shard_size is not None and not 1 <= args.shard_size <= 10**9):

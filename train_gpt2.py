@@ -30,9 +30,8 @@ from lib import config as configs
 from lib import device as devices
 from lib import distributed, tokenizer
 from lib.console import UserError, print0, run_as_command
-from lib.data.folder import open_shards
+from lib.data.folder import TokenStream, open_shards
 from lib.data.order import shuffle
-from lib.data.stream import TokenStream
 from lib.model import load, rehearse
 from lib.optimizers import as_one
 from lib.run import Run, RunFolder, one_run, step_seed
@@ -318,8 +317,6 @@ class DataLoaderLite:
         self.position = position
         self.prepared = None
         self.upcoming = self.locate(np.arange(self.B) + position + self.process_rank * self.B)
-        for tokens, start, end in self.upcoming:
-            tokens.will_need([(start, end)])
 
     def locate(self, numbers):
         """Map numbers of sequences, counted over all epochs, to a (TokenStream, start, end) each."""

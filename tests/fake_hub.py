@@ -38,7 +38,6 @@ class Hub:
         self.files, self.dataset, self.commit = dict(files), dataset, commit  # path -> bytes, or Path of a large one
         self.pinned = commit
         self.models = {}  # name -> {path -> bytes}
-        self.claims = {}  # path -> size that the tree claims
         self.mishaps = []  # (path, kind), each once
         self.always = {}  # path -> kind
         self.headers = {}  # of answers that are errors
@@ -54,11 +53,11 @@ class Hub:
     def entries(self):
         """What the hub says of each file and folder, by its path."""
         for path, content in self.files.items():
-            length = length_of(content)
-            size, git = self.claims.get(path, length), "0" * 40
+            size = length_of(content)
+            git = "0" * 40
             if isinstance(content, bytes):
-                git = hashlib.sha1(b"blob %d\0" % length + content).hexdigest()
-            large = {"lfs": {"oid": sha256_of(content), "size": size, "pointerSize": 130}} if length > 1000 else {}
+                git = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+            large = {"lfs": {"oid": sha256_of(content), "size": size, "pointerSize": 130}} if size > 1000 else {}
             yield {"type": "file", "path": path, "size": size, "oid": git, **large}
         for folder in {str(folder) for path in self.files for folder in PurePosixPath(path).parents} - {"."}:
             yield {"type": "directory", "path": folder, "oid": "0" * 40}

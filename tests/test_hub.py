@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,9 +21,8 @@ from support import PROBES, ROOT, run
 import fineweb
 from lib.console import UserError
 from lib.data.folder import find_shards
-from lib.data.hub import choose_shards, list_files, with_retries
+from lib.data.hub import list_files, with_retries
 from lib.data.manifest import read_manifest
-from lib.data.readers import count_files
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at".split()  # noqa: SIM905
 
@@ -42,17 +40,10 @@ def parquet_of(**columns):
     return file.getvalue()
 
 
-def bin_of(tokens):
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
-
-
 TABLES = {
     f"data/train-{i:05d}-of-00003.parquet": parquet_of(id=list(range(900)), text=texts_of(i)) for i in range(3)
 }  # fmt: skip
 SECOND = "data/train-00001-of-00003.parquet"
-BINS = {f"edu_{'train' if i else 'val'}_{i:06d}.bin": bin_of([50256, 1, 2, i] * 500) for i in range(3)}
 
 
 @pytest.fixture
@@ -93,7 +84,7 @@ def command(hub, tmp_path, *flags):
 
 def test_only_the_split_is_built_and_nothing_else_is_left(hub, tmp_path):
     result = subprocess.run(**command(hub, tmp_path, "--out", tmp_path / "out"))
-    assert result.returncode == 0 and "card" not in result.stdout and "Warning" not in result.stdout, result.stdout
+    assert result.returncode == 0 and "Warning" not in result.stdout, result.stdout
     manifest = read_manifest(tmp_path / "out")
     texts = [text for i in range(3) for text in texts_of(i)]
     assert manifest["documents"] == sum(map(bool, texts))
@@ -101,12 +92,6 @@ def test_only_the_split_is_built_and_nothing_else_is_left(hub, tmp_path):
     assert manifest["revision"] == COMMIT and [file["file"] for file in manifest["files"]] == list(TABLES)
     assert set(content(tmp_path / "out")) == {"manifest.json", *(shard["file"] for shard in manifest["shards"])}
     assert all(hub.requests["GET", path] == 1 for path in TABLES)
-
-
-def test_workers_change_no_byte_of_shards_and_manifest(build, tmp_path):
-    for workers in (1, 3):
-        build(out=f"out{workers}", workers=workers)
-    assert content(tmp_path / "out1") == content(tmp_path / "out3")
 
 
 def in_a_child(action):
@@ -149,16 +134,14 @@ def test_eight_kills_at_any_instant_change_no_byte(build, tmp_path):
 # The first manifest, each shard and a manifest, the complete manifest; of the long rows only the instants that differ
 @pytest.mark.parametrize(
     "kind, renames",
-    [("sized", range(1, 9)), ("automatic", (2, 3, 24)), ("cut", (2, 3, 7, 13, 14)), ("ready made", (2, 3, 4, 8))],
+    [("sized", range(1, 9)), ("automatic", (2, 3, 24)), ("cut", (2, 3, 7, 13, 14))],
 )
-def test_a_kill_before_a_rename_changes_no_byte(kind, renames, build, hub, tmp_path):
+def test_a_kill_before_a_rename_changes_no_byte(kind, renames, build, tmp_path):
     """Before a file gets its final name is every instant there is: nothing else changes what a restart finds."""
     page = "x" * 10_000 if kind == "cut" else ""  # its size promises more tokens than it has
     lines = [json.dumps({"text": text, "page": page}) + "\n" for text in texts_of(0)]
     (tmp_path / "texts.jsonl").write_text("".join(lines[: 200 if kind == "cut" else None]))
     flags = dict(source=tmp_path / "texts.jsonl", workers=1, shard_size=30_000 if kind == "sized" else None)
-    if kind == "ready made":
-        hub.files, flags["source"] = BINS, DATASET
     build(out="undisturbed", **flags)
     expected = content(tmp_path / "undisturbed")
 
@@ -260,9 +243,9 @@ def test_an_error_of_another_kind_is_passed_on_whole():
 
 def test_no_network_is_named_with_the_remedy(build, tmp_path, monkeypatch):
     pointed_at("http://127.0.0.1:9", tmp_path / "hf", monkeypatch)
-    refused(build, "ConnectError", "tried 5 times", "--source demo")
+    refused(build, "ConnectError", "tried 5 times", "Start again")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(build, "OfflineModeIsEnabled", "tried 1 times")
+    refused(build, "OfflineModeIsEnabled")
     assert not (tmp_path / "out").exists()
 
 
@@ -272,31 +255,28 @@ def test_a_finished_folder_is_checked_without_the_network(build, tmp_path, monke
     build()
     build(verify=True)
     out = capsys.readouterr().out
-    assert "every size is correct" in out and "every sha256 is correct" in out
+    assert "every size correct" in out and "every sha256 correct" in out
     shard = tmp_path / "out" / "texts_train_000001.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused(build, "texts_train_000001.npy", "sha256", verify=True)
+    refused(build, "texts_train_000001.npy is not the shard that its manifest lists", verify=True)
     shard.write_bytes(whole[:-2])
     refused(build, "texts_train_000001.npy")
 
 
 def test_refusals_leave_no_shards(build, hub, tmp_path, capsys):
     for flags, words in (
-        (dict(text_column="body"), ["leaves none for training"]),
-        (dict(text_column="id"), ["int64"]),
-        (dict(name="sample-10BT"), ["--name sample-10BT", "folders with files of text: data"]),
+        (dict(text_column="body"), ["none for training"]),
+        (dict(text_column="id"), ['"id" is not text but 0']),
+        (dict(name="sample-10BT"), ["BuilderConfig 'sample-10BT' not found"]),
         (dict(split="validation"), ["--split validation"]),
-        (dict(revision="nowhere"), ["--revision"]),
-        (dict(source="someone/else"), ["someone/else", "hf auth login"]),
+        (dict(revision="nowhere"), ["RevisionNotFoundError"]),
+        (dict(source="someone/else"), ["someone/else", "RepositoryNotFoundError"]),
         (dict(source=ROOT / "tests", name="x"), ["--name"]),
     ):
         refused(build, *words, **flags)
         assert not (tmp_path / "out" / "manifest.json").exists(), flags
     assert "has no \"body\" column, only ['id', 'text']" in capsys.readouterr().out
-    hub.claims[SECOND] = 10**15
-    refused(build, "GB of disk", "GB are free", out="other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_rows_without_text_are_counted(build, hub, capsys):
@@ -324,49 +304,7 @@ def test_an_interrupted_folder_refuses_other_flags_and_names_both(build, hub, tm
     assert content(tmp_path / "out") == before
 
 
-def test_keep_keeps_the_files(build, tmp_path):
-    build(keep=True)
-    assert all((tmp_path / "out" / ".fineweb_download" / path).read_bytes() == TABLES[path] for path in TABLES)
-
-
-def test_shards_that_are_tokenized_already_are_fetched_whole(build, hub, tmp_path, capsys):
-    hub.files = {**BINS, "README.md": b"shards"}
-    hub.always["edu_train_000002.bin"] = "wrong"
-    refused(build, "edu_train_000002.bin", "has the hash")
-    hub.always.clear()
-    build()
-    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
-    assert content(tmp_path / "out") == {**BINS, "manifest.json": manifest}
-    assert json.loads(manifest)["documents"] == 1500 and json.loads(manifest)["complete"]
-    assert hub.requests["GET", "edu_train_000001.bin"] == 1
-    build(verify=True)
-    assert "every sha256 is correct" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "files, words",
-    [
-        (["a/x_val_000000.bin", "a/x_train_000001.bin", "b/x_train_000001.bin"], ["a/x_train", "b/x_train", "--name"]),
-        (["x_train_000001.bin", "x_train_000002.bin"], ["no *_val_*.bin", "x_train_000001.bin", "choose"]),
-        (["x_val_000000.bin"], ["no *_train_*.bin", "x_val_000000.bin", "choose"]),
-    ],
-    ids=["equal names", "no val", "no train"],
-)
-def test_token_shards_that_make_no_data_set_are_refused(files, words):
-    refused(choose_shards, *words, paths=files)
-
-
-def test_name_chooses_the_folder_of_token_shards(build, hub, tmp_path):
-    hub.files = {f"{folder}/{name}": bin_of([50256, i]) for i, folder in enumerate("ab") for name in BINS}
-    build(name="b")
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in BINS} == dict.fromkeys(BINS, bin_of([50256, 1]))
-    refused(build, "--name c", name="c", out="c")
-
-
-@pytest.mark.parametrize("kind", ["texts", "token shards"])
-def test_every_file_is_on_the_disk_before_it_gets_its_name(kind, build, hub, tmp_path, monkeypatch):
-    if kind == "token shards":
-        hub.files = BINS
+def test_every_file_is_on_the_disk_before_it_gets_its_name(build, hub, tmp_path, monkeypatch):
     synced, fsync, replace = {}, os.fsync, os.replace  # inode -> size at its last fsync
 
     def fsync_and_note(descriptor):
@@ -470,7 +408,7 @@ LAYOUTS = {
     "train1 and test1": (NUMBERED, None, [], NUMBERED[:1]),
     "no such split": (["train.parquet"], None, ["--split", "validation"], "choose one of train"),
     "csv": (["train.csv"], None, [], "train.csv, which cannot be read: supported are .parquet"),
-    "nothing": (["model.safetensors"], None, [], "folders with files of text: none"),
+    "nothing": (["model.safetensors"], None, [], "DataFilesNotFoundError"),
 }  # fmt: skip
 
 
@@ -487,7 +425,7 @@ def test_datasets_chooses_the_files(layout, hub, capsys):
     assert not any(hub.requests["GET", path] for path in paths)
     size = sum(len(hub.files[path]) for path in expected)
     out = capsys.readouterr().out
-    assert f", split {names.get('split', 'train')}, {count_files(expected)}, {size:,} bytes" in out
+    assert f", split {names.get('split', 'train')}, {size:,} bytes (files: {len(expected)})" in out
 
 
 @pytest.mark.parametrize("layout", ["c4", "the Pile", "plain text"])
@@ -518,14 +456,6 @@ def test_a_resumed_build_keeps_the_files_that_it_began_with(build, hub, tmp_path
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
-def test_token_shards_come_in_the_order_of_their_numbers():
-    assert choose_shards(["b_train_000001.bin", "a_train_000002.bin", "b_val_000000.bin", "x.bin", "._b_val.bin"]) == [
-        "b_val_000000.bin", "b_train_000001.bin", "a_train_000002.bin",
-    ]  # fmt: skip
-    tables = ["sample/10BT/000_00000.parquet", "b_train_000001.bin"]
-    assert not choose_shards(tables)
-
-
 def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_those_that_it_does(build, tmp_path):
     build()
     shard = tmp_path / "out" / "texts_train_000001.npy"
@@ -535,10 +465,10 @@ def test_the_loader_refuses_shards_that_the_manifest_does_not_list_and_misses_th
         find_shards(tmp_path / "out")
 
 
-def test_a_document_of_50_mb(build, tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one two three four " * 2_700_000}) + "\n\n")
-    manifest = build(source=tmp_path / "long.jsonl", shard_size=5_000_000)
-    assert (manifest["documents"], manifest["tokens"], len(manifest["shards"])) == (1, 10_800_002, 3)
+def test_a_document_of_10_mb(build, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one two three four " * 540_000}) + "\n\n")
+    manifest = build(source=tmp_path / "long.jsonl", shard_size=1_000_000)
+    assert (manifest["documents"], manifest["tokens"], len(manifest["shards"])) == (1, 2_160_002, 3)
 
 
 def test_importing_takes_in_nothing_heavy():

@@ -13,7 +13,6 @@ from support import command_of, environment, flags_of, read_log, write_shards
 from lib.console import UserError
 from lib.data.folder import ShardFolder
 from lib.data.order import shuffle
-from lib.data.shards import Shard
 from train_gpt2 import DataLoaderLite
 
 
@@ -215,30 +214,6 @@ def test_the_loaders_of_a_run_share_one_folder(tmp_path):
         shared, alone = (DataLoaderLite(4, 16, 0, 1, split, root) for root in (folder, tmp_path))
         assert shared.tokens.shards is folder.shards[split]
         assert all(torch.equal(a, b) for a, b in zip(shared.next_batch(), alone.next_batch(), strict=True))
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux has it")
-def test_the_disk_is_asked_for_a_batch_before_it_is_read(tmp_path, monkeypatch):
-    write_shards(tmp_path, [100, 3000, 2000])
-    asked, reads = set(), []  # places in files
-    original = Shard.read
-
-    def note_read(self, start, end):
-        reads.append((Path(self.path).name, self.offset + 2 * start))
-        assert start == 0 or reads[-1] in asked  # 0: the rest of a sequence that began in the shard before
-        return original(self, start, end)
-
-    def note_advice(file, offset, length, advice):
-        assert advice == os.POSIX_FADV_WILLNEED
-        asked.add((Path(os.readlink(f"/proc/self/fd/{file}")).name, offset))
-
-    monkeypatch.setattr(Shard, "read", note_read)
-    monkeypatch.setattr(os, "posix_fadvise", note_advice)
-    loader = DataLoaderLite(4, 16, 0, 2, "train", tmp_path)
-    loader.seek(100)
-    for _ in range(60):  # into the next epoch
-        loader.next_batch()
-    assert len(reads) >= 240 and len(asked) > 100
 
 
 @pytest.mark.parametrize("token", [0, 150, 299])

@@ -15,8 +15,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/plan.py works, too
 from lib.config import check, parse_args
-from lib.console import run_as_command, say
-from lib.data.folder import count_tokens
+from lib.console import UserError, run_as_command, say
+from lib.data.folder import ShardFolder
 from lib.device import PEAK_TFLOPS
 from lib.model.load import OPENAI_MODELS
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
@@ -50,6 +50,14 @@ def largest_micro_batch(c, n, room):
         if fit:
             return f"{fit[-1]} sequences" + (" with activation checkpointing" if checkpointing else "")
     return "too small"
+
+
+def count_tokens(data_dir):
+    """The number of training tokens in a folder of shards, None if there are none."""
+    try:
+        return sum(shard.length for shard in ShardFolder(data_dir, ["train"]).shards["train"])
+    except UserError:
+        return None
 
 
 def describe(c, model, data_tokens):

@@ -4,10 +4,11 @@ The demo corpus: text that ships with Python and NumPy.
 
 import ast
 import contextlib
-import importlib.util
 import random
 import sysconfig
 from pathlib import Path
+
+import numpy as np
 
 
 def demo_documents():
@@ -15,8 +16,7 @@ def demo_documents():
     from pydoc_data.topics import topics
 
     texts = list(topics.values())
-    numpy_folder = importlib.util.find_spec("numpy").submodule_search_locations[0]
-    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(numpy_folder)):
+    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent):
         for path in sorted(folder.rglob("*.py")):
             if {"site-packages", "dist-packages", "test", "tests"} & set(path.relative_to(folder).parts):
                 continue

@@ -1,6 +1,8 @@
 """
-A folder of token shards: which there are, whether they are complete, and what identifies them.
+A folder of token shards: whether it is complete, what identifies it, and each split as one stream of tokens.
 """
+
+import numpy as np
 
 from lib.console import UserError, print0
 from lib.data.manifest import read_manifest
@@ -50,49 +52,48 @@ class ShardFolder:
             for name, shard in zip(names[split], self.shards[split], strict=True)
         }
 
-    def check(self, T, sequences, validate=True):
-        """Raise UserError if the shards hold less than the `sequences` of T tokens of a step, or, to validate, less
-        than one sequence. The message has flags with which they suffice."""
-        train, val = (sum(shard.length for shard in self.shards[split]) for split in SPLITS)
-        length, fewer = T, sequences
-        while length >= (min(train, val) if validate else train):  # a sequence needs one token more, its last target
-            length //= 2
-        while length and fewer > (train - 1) // length:
-            fewer //= 2
-        if (length, fewer) != (T, sequences):
-            flags = f"--sequence_length {length} --total_batch_size {fewer * length} and fewer --max_steps"
-            raise UserError(
-                f"{self.root}/ has {train:,} training tokens and {val:,} for validation, too few for one step of "
-                f"{sequences} sequences of {T} tokens{' and a sequence of validation' if validate else ''}: build more"
-                + (f", or give {flags}" if length else "")
-            )
-
 
 def open_shards(data_dir, T, sequences, validate):
-    """The ShardFolder of a run, checked for steps of this many sequences of T tokens."""
+    """The ShardFolder of a run. Raises UserError if it holds less than the `sequences` of T tokens of a step, or, to
+    validate, less than one sequence."""
     folder = ShardFolder(data_dir, optional=() if validate else ("val",))
-    folder.check(T, sequences, validate)
+    for split, need in {"train": sequences * T + 1, "val": T + 1 if validate else 0}.items():  # + 1: the last target
+        found = sum(shard.length for shard in folder.shards[split])
+        if found < need:
+            raise UserError(
+                f"{folder.root}/ has {found:,} {split} tokens, too few for one step of {sequences} sequences of {T} "
+                f"tokens, which needs {need:,}: build more, or lower --total_batch_size or --sequence_length"
+            )
     return folder
 
 
-def count_tokens(data_dir):
-    """The number of training tokens in a folder of shards, None if there are none."""
-    try:
-        return sum(shard.length for shard in ShardFolder(data_dir, ["train"]).shards["train"])
-    except UserError:
-        return None
+class TokenStream:
+    """The tokens of a split, shard after shard in name order. `data_root` is a path, or a ShardFolder."""
 
+    def __init__(self, data_root, split, vocab_size=2**16):
+        folder = data_root if isinstance(data_root, ShardFolder) else ShardFolder(data_root, [split])
+        self.root = folder.root
+        self.shards = folder.shards[split]
+        self.vocab_size = vocab_size
+        self.ends = np.cumsum([shard.length for shard in self.shards])  # where each one ends in the stream
 
-def is_built(data_dir):
-    """Whether a folder has a complete set of shards; if not, fineweb.py may build them there. Raises UserError for a
-    folder of other files."""
-    manifest = read_manifest(data_dir)
-    if manifest:
-        return manifest["complete"]
-    # fineweb.py writes the manifest before the first shard: shards without one are another program's, and complete
-    names = [path.name for path in list_folder(data_dir)]
-    if any(map(split_of, names)):
-        return True
-    if any(name != "lock" and not name.startswith(".") and not name.endswith(".tmp") for name in names):
-        raise UserError(f"{data_dir}/ holds other files and no shards: build them with python fineweb.py")
-    return False
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def read(self, start, end):
+        """The tokens from start to end as uint16. Raises UserError for an id that is not below vocab_size: on CUDA it
+        would crash the process without a message."""
+        pieces = []  # several if the span crosses from shard to shard
+        while start < end:
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            shard = self.shards[i]
+            begin = start - int(self.ends[i]) + shard.length
+            tokens = shard.read(begin, begin + end - start)
+            if tokens.max() >= self.vocab_size:
+                raise UserError(
+                    f"{shard.path} has token id {tokens.max()} at offset {begin + tokens.argmax()}, not below "
+                    f"vocab_size {self.vocab_size}: it is damaged or from another tokenizer, build it again"
+                )
+            pieces.append(tokens)
+            start += len(tokens)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

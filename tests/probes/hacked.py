@@ -14,8 +14,7 @@ import torch
 
 import train_gpt2
 from lib.console import Stopped, UserError
-from lib.data.folder import ShardFolder
-from lib.data.stream import TokenStream
+from lib.data.folder import ShardFolder, TokenStream
 from tools import sample
 from train_gpt2 import main, parse_args
 
