@@ -67,16 +67,9 @@ def make_moments(optimizer):
 
 
 def state_like(optimizer):
-    """Tensors as large as what the first step will allocate: two for each parameter, as in Adam. Optimizers that have
-    their state already add nothing."""
-    parts = [part for part in parts_of(optimizer) if not part.state]
-    return [
-        torch.empty_like(p)
-        for part in parts
-        for group in part.param_groups
-        for p in group["params"] * 2
-        if p.requires_grad
-    ]
+    """Tensors as large as the state that the first step will allocate: two for each parameter, as in Adam."""
+    groups = [group for part in parts_of(optimizer) if not part.state for group in part.param_groups]
+    return [torch.empty_like(p) for group in groups for p in group["params"] * 2 if p.requires_grad]
 
 
 def check_adamw(optimizer, state, trained):

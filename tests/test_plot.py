@@ -8,8 +8,8 @@ import pytest
 from support import ROOT
 
 from lib.console import UserError
-from lib.run.log import read_log
 from tools import plot
+from tools.plot import read_log
 from train_gpt2 import main
 
 SIZES = {"n_layer": 12, "n_embd": 768, "data_dir": "edu_fineweb10B", "init_from": "scratch"}  # of a run that has peers

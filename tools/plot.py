@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/plot.py works, too
 from lib.console import UserError, run_as_command, say
 from lib.files import ROOT, atomic_write, expand
-from lib.run.log import read_log
+from lib.run.log import RECORD, lines_of
 
 TITLES = {  # of the first panels, by kind of record; the panel of any other kind has the kind as its title
     "val": "loss, nats per token", "hella": "HellaSwag, acc_norm", "lr": "learning rate", "norm": "gradient norm",
@@ -33,6 +33,35 @@ WIDE = {"val": "val_loss", "hella": "hellaswag_acc_norm"}  # with their columns 
 FEW = 20  # up to this many records of a kind are marked with points, since the line between them was not measured
 UNITS = {1e9: "billions of tokens", 1e6: "millions of tokens", 1e3: "thousands of tokens", 1: "tokens"}
 SIZES = {(12, 768): "124M", (24, 1024): "350M", (36, 1280): "774M", (48, 1600): "1558M"}  # by n_layer and n_embd
+
+
+def read_log(path):
+    """{kind: {step: value}} of a log.txt, of every kind whose values are numbers. If its steps go back, because a
+    second run follows, the earlier records from that step on are dropped. Raises UserError if there are no records."""
+    try:
+        lines = lines_of(path)[:-1]  # the last one is incomplete
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
+    records = {}
+    last = strange = 0
+    for line in lines:
+        try:
+            step, kind, value = RECORD.fullmatch(line).groups()
+            step, kind, value = int(step), kind.decode(), float(value)
+        except (AttributeError, ValueError):
+            strange += 1
+            continue
+        if step < last:
+            say(f"warning: {path} goes back from step {last} to {step}: the later records are used")
+            kept = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}
+            records = {kind: old for kind, old in kept.items() if old}
+        records.setdefault(kind, {})[step] = value
+        last = step
+    if strange:
+        say(f"warning: {path} has {strange} lines that are not records: skipped")
+    if not records:
+        raise UserError(f"{path} has no records, which are lines like 250 val 6.2907")
+    return records
 
 
 def read_run(name, tokens_per_step):

@@ -18,13 +18,12 @@ from lib.files import atomic_write
 FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f", "lr": ".4e", "norm": ".4f", "sample": ""}
 UNLOGGED = ("tokens_per_second", "mfu")  # they differ between identical runs: for the tracker only
 METRICS = {"train": "train_loss", "val": "val_loss"}  # names in main's result; other kinds keep theirs
-KIND = re.compile(r"[A-Za-z_]\S*")
 RECORD = re.compile(rb"(\d+) ([A-Za-z_]\S*) (\S[^\0-\x1f]*)")  # step, kind, value
 
 
 def number_of(kind, value):
     """A record's value as a float. Raises UserError for what log.txt cannot hold."""
-    if not KIND.fullmatch(kind):
+    if not RECORD.fullmatch(f"0 {kind} 0".encode()):
         raise UserError(f"{kind!r} cannot be a kind of record: it must begin with a letter and have no spaces")
     try:
         return float(value)
@@ -129,8 +128,8 @@ def lines_of(path):
 def rewind_log(path, step):
     """Keep the records of the steps before `step`, of any kind: the run writes the later ones again. Those, and lines
     that are not records, as a power cut leaves them, are moved to a file beside it, log_dropped.txt."""
+    kept, dropped = [], []
     try:
-        kept, dropped = [], []
         for line in filter(None, lines_of(path) if path.exists() else []):
             match = RECORD.fullmatch(line)
             (kept if match and int(match[1]) < step else dropped).append(line + b"\n")
@@ -140,38 +139,11 @@ def rewind_log(path, step):
                 file.write(b"".join(dropped))
                 file.flush()
                 os.fsync(file.fileno())
-            what = f"of step {step} or later, which come again, or not records"
-            say(f"{path}: {len(dropped)} lines moved to {copy.name}: {what}")
+            say(
+                f"{path}: {len(dropped)} lines from step {step} on (to be rewritten) or malformed, moved to {copy.name}"
+            )
         if path.exists():
             with atomic_write(path) as file:
                 file.write(b"".join(kept))
     except OSError as error:
         raise UserError(f"cannot rewrite {path}: {error}. Make room or fix its permissions, and resume") from None
-
-
-def read_log(path):
-    """{kind: {step: value}} of a log.txt, of every kind whose values are numbers. Where its steps go back, because
-    a run was resumed or a second one follows, the earlier records from that step on are dropped. Raises UserError if
-    there are no records."""
-    try:
-        *lines, _torn = lines_of(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. Give the log.txt of a run, or its log_dir") from None
-    records, last, strange = {}, 0, 0
-    for line in lines:
-        try:
-            step, kind, value = RECORD.fullmatch(line).groups()
-            step, kind, value = int(step), kind.decode(), float(value)
-        except (AttributeError, ValueError):
-            strange += 1
-            continue
-        if step < last:
-            say(f"warning: {path} goes back from step {last} to {step}: the later records are used")
-            kept = {kind: {s: v for s, v in old.items() if s < step} for kind, old in records.items()}
-            records = {kind: old for kind, old in kept.items() if old}
-        records.setdefault(kind, {})[step], last = value, step
-    if strange:
-        say(f"warning: {path} has {strange} lines that are not records: skipped")
-    if not records:
-        raise UserError(f"{path} has no records{'' if lines else ' yet'}, which are lines like 250 val 6.2907")
-    return records

@@ -210,17 +210,20 @@ class Run:
             wait_for_all()
 
     def start_beside(self, *command):
-        """Start a Python program at a low priority, out of reach of the signals that stop the run, unless the one that
-        was started before is still running. At the last step, wait for that."""
-        if self.step == self.max_steps:
-            self.wait_beside()
-        if self.beside is None or self.beside.poll() is not None:
-            nice = ["nice", "-n", "19"] if shutil.which("nice") else []
-            nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            command = [*nice, sys.executable, *map(str, command)]
-            environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
-            self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
-            self.folder.stack.callback(self.wait_beside)
+        """Start a Python program at a low priority, out of reach of the signals that stop the run, once the one that was
+        started before has ended."""
+        self.wait_beside()
+        command = ["nice", "-n", "19", sys.executable, *map(str, command)]
+        environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
+        self.beside = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.folder.stack.callback(self.wait_beside)
 
     def wait_beside(self):
         with contextlib.suppress(subprocess.TimeoutExpired):  # it then continues alone
