@@ -87,8 +87,8 @@ def load_checkpoint(path, mmap=False):
     """
     try:
         with open(path, "rb") as file:
-            size, digest = max(0, file.seek(0, os.SEEK_END) - 66), hashlib.sha256()
-            file.seek(size)
+            left = file.seek(0, os.SEEK_END) - 66  # bytes before the comment
+            file.seek(max(0, left))
             end = file.read()
             if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
                 raise UserError(
@@ -96,11 +96,14 @@ def load_checkpoint(path, mmap=False):
                     f"wrote it, import it with python -m tools.import_model {shlex.quote(str(path))} FOLDER"
                 )
             file.seek(0)
-            while chunk := file.read(min(1 << 20, size - file.tell())):
+            digest = hashlib.sha256()
+            while left:
+                chunk = file.read(min(1 << 20, left))
                 digest.update(chunk)
-            digest.update(bytes(2))  # the comment length that torch wrote
-            if end != COMMENT_LENGTH + digest.hexdigest().encode():
-                raise UserError(f"{path} is damaged: its sha256 does not match. Copy it again, or use another one")
+                left -= len(chunk)
+        digest.update(bytes(2))  # the comment length that torch wrote
+        if end != COMMENT_LENGTH + digest.hexdigest().encode():
+            raise UserError(f"{path} is damaged: its sha256 does not match. Copy it again, or use another one")
         # weights_only: any other pickle could run arbitrary code
         contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -153,8 +153,8 @@ def rehearse(config, model, ddp, optimizer, autocast, device, world_size, also):
             try_step(ddp, optimizer, size, T, autocast, min(2, share // size), also if device.type == "cuda" else None)
         finally:
             optimizer.zero_grad(set_to_none=not is_ddp)
-            if device.type == "cuda":  # autotuning copies in-place inputs to pinned host memory
-                torch.accelerator.empty_host_cache()
+            if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no such call
+                torch.accelerator.empty_host_cache()  # autotuning copies in-place inputs to pinned host memory
 
     with restored(model):
         if is_ddp or device.type == "cuda":

@@ -140,7 +140,7 @@ def rewind_log(path, step):
                 file.flush()
                 os.fsync(file.fileno())
             say(
-                f"{path}: {len(dropped)} lines from step {step} on (to be rewritten) or malformed, moved to {copy.name}"
+                f"{path}: {len(dropped)} lines moved to {copy.name}: from step {step} on, to be rewritten, or malformed"
             )
         if path.exists():
             with atomic_write(path) as file:

@@ -210,19 +210,13 @@ class Run:
             wait_for_all()
 
     def start_beside(self, *command):
-        """Start a Python program at a low priority, out of reach of the signals that stop the run, once the one that was
-        started before has ended."""
+        """Start a Python program at a low priority, out of reach of the signals that stop the run, once the one before
+        it has ended."""
         self.wait_beside()
         command = ["nice", "-n", "19", sys.executable, *map(str, command)]
         environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
-        self.beside = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
         self.folder.stack.callback(self.wait_beside)
 
     def wait_beside(self):
