@@ -547,7 +547,7 @@ def train(config, rank, local_rank, world_size, device, folder):
             run.show_samples(texts)
 
         # once in a while: the curves so far, as a picture
-        if rank == 0 and run.due(config.plot_every):
+        if rank == 0 and step > 0 and run.due(config.plot_every):
             picture = folder.path.absolute() / "curve.png"
             run.start_beside("-m", "tools.plot", picture.parent, "--out", picture)
 

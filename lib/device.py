@@ -57,10 +57,9 @@ def choose_device(name, local_rank, in_group):
         name = "cpu" if default_device() == "mps" and in_group else default_device()
     if name == "mps" and in_group:
         raise UserError("torchrun's ranks cannot use an Apple GPU, on which gloo cannot sum: use --device cpu")
-    if name == "cuda" and torch.cuda.is_available():
-        return claim_gpu(local_rank)
-    check_device(name)
-    return torch.device(name)
+    if {"cuda": torch.cuda, "mps": torch.backends.mps}.get(name, torch.cpu).is_available() is False:
+        raise UserError(f"device is {name}, but torch sees no such GPU: check nvidia-smi, or use --device cpu")
+    return claim_gpu(local_rank) if name == "cuda" else torch.device(name)
 
 
 def claim_gpu(local_rank):

@@ -473,7 +473,8 @@ def test_a_sharded_optimizer_is_collected_and_resumes_and_ranks_draw_their_own_d
     for old, new in [*ZERO, *draws]:
         text = text.replace(old, new)
     (folder / "train_zero.py").write_text(text)
-    flags = [*FLAGS, f"--data_dir={folder}/data", "--max_steps=4"]
+    write_shards(folder / "few", [500, 3000])
+    flags = [*FLAGS, f"--data_dir={folder}/few", "--vocab_size=512", "--max_steps=4"]
     whole = run_warm(folder / "train_zero.py", *flags, f"--log_dir={folder}/whole", ranks=2)
     assert whole.returncode == 0, whole.stdout
     state = load(folder / "whole" / "model_00004.pt")["optimizer"]["state"]

@@ -203,7 +203,9 @@ def test_a_full_console_without_utf8_and_a_hangup_under_nohup_end_no_run(small, 
             time.sleep(0.02)
         process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGINT and err == b""
+    assert (
+        process.returncode == -signal.SIGINT and err.startswith(b"stopping after this step") and err.count(b"\n") == 1
+    )
     assert newest_whole_checkpoint(log.parent)
 
 
@@ -538,7 +540,7 @@ def test_a_bad_line_in_the_log_is_moved_away_and_the_records_stay(line, small, l
     (log_dir / "log.txt").write_bytes(b"\n".join([*lines[:5], line, *lines[5:]]))
     main(small(init_from="resume"))
     out = capsys.readouterr().out
-    assert re.search(r"log.txt: \d+ lines moved to log_dropped.txt: of step 8 or later", out)
+    assert re.search(r"log.txt: \d+ lines moved to log_dropped.txt: from step 8 on", out)
     assert line in (log_dir / "log_dropped.txt").read_bytes().split(b"\n")
     assert_same_run(undisturbed, log_dir, 12)
 
@@ -711,7 +713,7 @@ def test_ranks_exit_well_though_a_thread_of_torch_is_at_work(small):
 
 
 def test_ranks_wait_for_one_that_ends_late_whatever_signals_come(small):
-    flags = flags_of(small(micro_batch_size=2, collective_timeout=2))
+    flags = flags_of(small(micro_batch_size=2, collective_timeout=1))
     result = run_warm(PROBES / "late_end.py", *flags, ranks=2)
     assert result.returncode == 0, result.stdout
 

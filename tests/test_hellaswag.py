@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import json
 import statistics
+import sys
 import threading
 
 import pytest
@@ -285,7 +286,7 @@ def test_scoring_imports_no_compiler(checkpoint, tmp_path):
     assert "torch._dynamo.symbolic_convert" not in result.stdout
 
 
-def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path):
+def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "items.jsonl").write_bytes(items_as_bytes(2))
     (tmp_path / "empty.jsonl").touch()
     good = {"-m": checkpoint, "-d": "cpu", "--data": tmp_path / "items.jsonl"}
@@ -300,6 +301,9 @@ def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp
         ({"--style": "harness"}, "line 1: --style harness needs a JSON object with activity_label, ctx_a, ctx_b"),
         ({"--json": tmp_path / "none" / "scores.json"}, "cannot write"),
     ):
-        flags = [part for flag in {**good, **change}.items() for part in flag]
-        result = run_warm("hellaswag.py", *flags)
-        assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
+        flags = [str(part) for flag in {**good, **change}.items() for part in flag]
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
+        with pytest.raises(SystemExit) as exit:
+            hellaswag.main()
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and words in err and "Traceback" not in err, err

@@ -184,10 +184,10 @@ def test_a_data_dir_that_the_system_refuses_is_said_in_its_words(path, words, tm
 @pytest.mark.skipif(os.name != "posix", reason="limits of the operating system")
 def test_hundreds_of_shards_need_few_open_files(tiny, tmp_path):
     write_shards(tmp_path / "data", [1500] + [40] * 400)
-    config = tiny(max_steps=30, sequence_length=16)
+    config = tiny(max_steps=8, sequence_length=16)
     limited = ["sh", "-c", 'ulimit -n 200 && exec "$@"', "sh", *command_of("train_gpt2.py", *flags_of(config))]
     result = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=150)
-    assert result.returncode == 0 and "30 val" in read_log(config.log_dir), result.stdout + result.stderr
+    assert result.returncode == 0 and "8 val" in read_log(config.log_dir), result.stdout + result.stderr
 
 
 ORDER_OF_20 = [3, 17, 19, 16, 15, 1, 13, 10, 2, 18, 0, 11, 14, 9, 7, 5, 6, 12, 8, 4]

@@ -242,7 +242,7 @@ def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):
     """As in the README: own text to shards, a few steps from gpt2, a resume, and text from the result."""
     theirs, env = stand_in_for_gpt2(tmp_path)
     (tmp_path / "poems.txt").write_text("Roses are red, violets are blue. " * 400)
-    built = run("fineweb.py", "--source", tmp_path / "poems.txt", "--out", tmp_path / "poems")
+    built = run_warm("fineweb.py", "--source", tmp_path / "poems.txt", "--out", tmp_path / "poems", "--workers=1")
     assert built.returncode == 0, built.stdout
     flags = (
         "--init_from=gpt2", "--sequence_length=64", "--total_batch_size=512", "--micro_batch_size=4", "--max_lr=3e-3",

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from support import ROOT, assert_same_run, at_step, crash, environment, finish, losses, read_log, write_shards
+from support import ROOT, assert_same_run, at_step, crash, environment, finish, losses, read_log, run_warm, write_shards
 from test_hacking import FLAGS, copy_scripts
 
 import train_gpt2
@@ -156,8 +156,7 @@ def test_a_resume_says_every_changed_setting_and_the_changed_code(tmp_path):
     write_shards(tmp_path / "data", [1500, 5000])
 
     def run(*args):
-        command = [sys.executable, "train_gpt2.py", *FLAGS, "--log_every=6", *args]
-        return subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True)
+        return run_warm(tmp_path / "train_gpt2.py", *FLAGS, "--log_every=6", *args, folder=tmp_path)
 
     def git(*args):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args]

@@ -28,8 +28,8 @@ def test_the_last_lines_and_the_page_say_what_came_of_the_run(tiny, tmp_path, ca
 def test_a_resumed_run_counts_its_time_and_shows_each_sample_once(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         at_step(patch, {14}, terminate)
-        main(tiny(**SAMPLED))
-    main(tiny(init_from="resume", **SAMPLED))
+        main(tiny(**SAMPLED | {"plot_every": 0}))
+    main(tiny(init_from="resume", **SAMPLED | {"plot_every": 0}))
     page = (tmp_path / "log" / "summary.md").read_text()
     assert len(re.findall(r"^\d+ sample .The", page, re.M)) == 9 and "since step" not in page and "in 20 steps" in page
     assert "seconds" not in losses(tmp_path / "log", "train")
