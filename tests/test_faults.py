@@ -713,7 +713,7 @@ def test_ranks_exit_well_though_a_thread_of_torch_is_at_work(small):
 
 
 def test_ranks_wait_for_one_that_ends_late_whatever_signals_come(small):
-    flags = flags_of(small(micro_batch_size=2, collective_timeout=1))
+    flags = flags_of(small(micro_batch_size=2, collective_timeout=3))
     result = run_warm(PROBES / "late_end.py", *flags, ranks=2)
     assert result.returncode == 0, result.stdout
 

@@ -203,7 +203,7 @@ def test_a_dead_rank_ends_the_job(tiny):
 
 
 def test_a_hung_rank_ends_the_job_after_the_timeout(tiny):
-    process = start(tiny(collective_timeout=4, **LONG), ranks=2)
+    process = start(tiny(collective_timeout=6, **LONG), ranks=2)
     read_until(process, r"step +5/")
     hung = ranks_of(process)[1]
     os.kill(hung, signal.SIGSTOP)
