@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
-from support import flags_of, losses, read_log, run, run_warm, write_shards
+from support import flags_of, losses, read_log, run_warm, write_shards
 
 from lib import config as knobs
 from lib.console import UserError
@@ -98,7 +98,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(tiny, capsys, tmp_path):
 
 def test_the_last_line_is_a_command_for_the_shell(tiny, tmp_path):
     config = tiny(log_dir=str(tmp_path / "it's my run"), vocab_size=50257, n_layer=1, max_steps=1)
-    result = run("train_gpt2.py", *flags_of(config, sample_prompt='Say "$HOME", it\'s'))
+    result = run_warm("train_gpt2.py", *flags_of(config, sample_prompt='Say "$HOME", it\'s'))
     assert result.returncode == 0, result.stdout
     words = shlex.split(re.search("^next: (.*)$", result.stdout, re.M)[1])
     model = str(tmp_path / "it's my run" / "model_00001.pt")

@@ -192,8 +192,8 @@ def test_the_front_door_exits_with_2_and_no_traceback(tiny, tmp_path):
         with pytest.raises(SystemExit) as exit:
             parse_args([flag])
         assert exit.value.code == 2
-    result = run("train_gpt2.py", *flags_of(tiny(), data_dir=str(tmp_path / "nowhere")), ranks=2)
-    assert result.returncode == 1 and "error: no *_train_*.npy shards" in result.stdout
+    result = run_warm("train_gpt2.py", *flags_of(tiny(), data_dir=str(tmp_path / "nowhere")), ranks=2)
+    assert result.returncode == 2 and "error: no *_train_*.npy shards" in result.stdout
     assert not (tmp_path / "log").exists()
 
 

@@ -7,9 +7,9 @@ import importlib
 import os
 import sys
 from dataclasses import MISSING, fields, replace
-from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lib.checkpoint import load_checkpoint, newest_checkpoint
 from lib.config import plain
@@ -21,10 +21,14 @@ from lib.tokenizer import VOCAB_SIZE
 SIZES = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}  # of a GPTConfig
 
 
-def no_random_weights():
+class NoRandomWeights(TorchFunctionMode):
     """Parameters made within stay uninitialized, for a checkpoint to replace: 124M random numbers take 2 seconds."""
-    skipped = dict.fromkeys(("normal_", "uniform_", "kaiming_uniform_"), lambda tensor, *args, **kwargs: tensor)
-    return mock.patch.multiple(torch.nn.init, **skipped)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensor = (*args, *(kwargs or {}).values())[:1]
+        if function.__name__.endswith(("normal_", "uniform_")) and isinstance(*tensor, torch.nn.Parameter):
+            return tensor[0]
+        return function(*args, **(kwargs or {}))
 
 
 def match_config(saved, config_class):
@@ -73,7 +77,7 @@ def rebuild(checkpoint, model_class, config_class, wanted=None):
         if config.n_layer > len(weights) or config.n_head < 1 or config.n_embd % config.n_head:
             raise ValueError(f"{len(weights)} weights, {config.n_embd} channels for {config.n_head} heads")
         # without memory: a wrong config can ask for any amount, even for more than there are addresses
-        with torch.device("meta"), no_random_weights():
+        with torch.device("meta"), NoRandomWeights():
             meta = model_class(config)
         shapes = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
         new, unknown = meta.load_state_dict(shapes, strict=not wanted)
@@ -89,7 +93,7 @@ def rebuild(checkpoint, model_class, config_class, wanted=None):
             raise UserError(f"the checkpoint's {name} differs from {tied[parameter]}, but this code ties them")
     if new:
         print0(f"new weights, which the checkpoint does not have: {', '.join(new)}")
-    with contextlib.nullcontext() if wanted else no_random_weights():
+    with contextlib.nullcontext() if wanted else NoRandomWeights():
         model = model_class(config)
     model.load_state_dict(weights, strict=not new)
     return model

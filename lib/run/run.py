@@ -256,6 +256,7 @@ class Run:
         print0(f"done: {self.clock}")
         if is_main_rank():
             self.summarize(devices, changed, scored)
+        wait_for_all()
         self.check_stop()  # a signal that came during the last samples, or now
         return self.metrics
 
