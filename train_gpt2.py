@@ -8,7 +8,7 @@ Train GPT-2 from scratch: one file, read top to bottom.
 Every setting is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
 The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs beyond the lesson is in lib/.
 
-Measured: the demo's validation loss falls from 10.77 to 4.76 in 98 s on 2 CPU cores (torch 2.13.0, one run).
+Measured: the demo's validation loss falls from 10.75 to 4.76 in 100 s on 2 CPU cores (torch 2.13.0, one run).
 A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
 """
 
