@@ -26,7 +26,8 @@ QUICK = ("test_edits.py", "test_hellaswag.py", "test_model.py", "test_sample.py"
 def pytest_collection_modifyitems(items):
     """python -m pytest -m quick: what a changed line of the lesson may break."""
     for item in items:
-        if item.path.name in QUICK and "compile" not in item.name and not item.get_closest_marker("by_hand"):
+        slow = any(word in item.name for word in ("compile", "ranks", "ddp", "sharded", "fine_tuning", "hub"))
+        if item.path.name in QUICK and not slow and not item.get_closest_marker("by_hand"):
             item.add_marker("quick")
 
 
