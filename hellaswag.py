@@ -207,8 +207,11 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
     n, labels = len(examples), torch.tensor([example["label"] for example in examples])
     acc, acc_norm = (chosen == labels[:, None]).double().mean(dim=0).tolist()
     stderr, norm_stderr = ((p * (1 - p) / max(1, n - 1)) ** 0.5 for p in (acc, acc_norm))
-    say(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
-    say(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}")
+    try:  # not say(), which gets over a full disk
+        print(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
+        print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}", flush=True)
+    except OSError as error:
+        raise UserError(f"cannot print the scores: {error}") from None
     if json_path:
         by_sum, by_norm = chosen.T.tolist()
         facts = dict(model=str(model_name), style=style, n=n, acc=acc, acc_stderr=stderr, acc_norm=acc_norm,

@@ -5,8 +5,7 @@ Train GPT-2 from scratch: one file, read top to bottom.
     python train_gpt2.py                                            # GPT-2 124M on FineWeb-Edu, one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # the same on eight
 
-Every setting is a field of TrainConfig: edit it there, or pass it as a flag of the same name.
-The data come from fineweb.py, the HellaSwag score from hellaswag.py; what a run needs beyond the lesson is in lib/.
+Every setting is a field of TrainConfig: edit it there, or pass it as a flag. What is not the lesson is in lib/.
 
 Measured: the demo's validation loss falls from 10.75 to 4.76 in 100 s on 2 CPU cores (torch 2.13.0, one run).
 A step of GPT-2 124M runs at 553,000 tokens/s, MFU 44.7%, on one H200 (torch 2.11.0, bfloat16, compile).
@@ -42,8 +41,7 @@ from lib.run import Run, RunFolder, one_run, step_seed
 
 @dataclass
 class TrainConfig:
-    # ---- settings that change the result
-    # model: GPT-2 124M; fields that GPTConfig also has are copied into it
+    # ---- settings that change the result: model, GPT-2 124M; fields that GPTConfig also has are copied into it
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads per block, n_embd / n_head channels each
     n_embd: int = 768  # channels of the residual stream
@@ -63,8 +61,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest global L2 norm of the gradient; 0: no clipping
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32; auto: 16 bits on CUDA, float32 elsewhere
     seed: int = 1337  # of the initial weights, the data order and the samples
-    # ---- settings that do not
-    # evaluation and output
+    # ---- settings that do not: evaluation and output
     log_dir: str = "log"  # folder for log.txt and checkpoints
     log_every: int = 1  # print a line every N steps; log.txt has every step
     val_every: int = 250  # evaluate every N steps; 0: never
@@ -171,8 +168,7 @@ class Block(nn.Module):
     def forward(self, x, cache=None, start=0):
         # LayerNorm gives float32 under autocast: cast back, to keep the residual stream in 16 bits
         x = x + self.attn(self.ln_1(x).to(x.dtype), cache, start)
-        x = x + self.mlp(self.ln_2(x).to(x.dtype))
-        return x
+        return x + self.mlp(self.ln_2(x).to(x.dtype))
 
 
 class GPT(nn.Module):
@@ -252,11 +248,9 @@ class GPT(nn.Module):
     @staticmethod
     def from_openai(theirs):
         """OpenAI's weights as our state_dict; the names are the same."""
+        # their linear layers are 1x1 convolutions, with matrices (in, out) where nn.Linear has (out, in)
         conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        ours = {}
-        for name, weight in theirs.items():
-            # their linear layers are 1x1 convolutions, with matrices (in, out) where nn.Linear has (out, in)
-            ours[name] = weight.t() if name.endswith(conv1d) else weight
+        ours = {name: weight.t() if name.endswith(conv1d) else weight for name, weight in theirs.items()}
         ours.setdefault("lm_head.weight", ours.get("transformer.wte.weight"))  # tied, so they have it once
         return ours
 
@@ -326,8 +320,8 @@ class DataLoaderLite:
 
     def prepare(self):
         """Read the batch that next_batch will return."""
-        tokens = np.stack([tokens.read(start, end) for tokens, start, end in self.upcoming])  # (B, T + 1) uint16
-        self.prepared = [torch.from_numpy(t.astype(np.int64, order="C")) for t in (tokens[:, :-1], tokens[:, 1:])]
+        rows = np.stack([tokens.read(start, end) for tokens, start, end in self.upcoming])  # (B, T + 1) uint16
+        self.prepared = [torch.from_numpy(t.astype(np.int64, order="C")) for t in (rows[:, :-1], rows[:, 1:])]
 
     def next_batch(self):
         """The next (x, y), both (B, T) int64 on the CPU; y is x shifted by one token."""

@@ -703,7 +703,7 @@ def test_a_run_resumes_with_another_dtype(dtypes, small, log_dir, capsys):
 def test_a_rank_that_raises_ends_the_job_with_its_message(small):
     """At once, that is, and not after the ten minutes that the other rank would wait for it."""
     result = run_warm(PROBES / "raises_on_rank_1.py", *flags_of(small(micro_batch_size=2)), ranks=2)
-    assert result.returncode == 2 and "[rank 1] error: rank 1 says why" in result.stdout, result.stdout
+    assert result.returncode and "[rank 1] error: rank 1 says why" in result.stdout, result.stdout
 
 
 def test_ranks_exit_well_though_a_thread_of_torch_is_at_work(small):

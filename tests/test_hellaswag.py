@@ -2,12 +2,13 @@ import hashlib
 import http.server
 import json
 import statistics
+import subprocess
 import sys
 import threading
 
 import pytest
 import torch
-from support import make_items, run, run_warm, write_items, write_shards
+from support import command_of, environment, make_items, run, run_warm, write_items, write_shards
 
 import hellaswag
 from lib.console import UserError
@@ -284,6 +285,14 @@ def test_scoring_imports_no_compiler(checkpoint, tmp_path):
     result = run("hellaswag.py", *args, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert "torch.nn.modules" in result.stdout and "2 acc:" in result.stdout
     assert "torch._dynamo.symbolic_convert" not in result.stdout
+
+
+def test_scores_that_cannot_be_printed_are_an_error(checkpoint, tmp_path):
+    (tmp_path / "items.jsonl").write_bytes(items_as_bytes(2))
+    command = command_of("hellaswag.py", "-m", checkpoint, "-d", "cpu", "--data", tmp_path / "items.jsonl")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode and "cannot print the scores: [Errno 28]" in result.stderr, result.stderr
 
 
 def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path, monkeypatch, capsys):
