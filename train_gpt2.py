@@ -489,7 +489,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
 
 
 def train(config, rank, local_rank, world_size, device, folder):
-    """Train by config, a TrainConfig, on this rank of process_group, in a RunFolder. Returns the last metrics."""
+    """Train by config, a TrainConfig, on this rank, in a RunFolder. Returns the last metrics."""
     # data: shards that fineweb.py made, of which the val split is never trained on
     T = config.sequence_length
     data = open_shards(config.data_dir, T, config.total_batch_size // T, config.val_every > 0)

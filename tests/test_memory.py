@@ -122,16 +122,14 @@ def test_what_a_cpu_needs_is_known_beforehand():
     assert 0.7 * grew < expected < 1.5 * grew
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_limits_of_all_control_groups_count(version, tmp_path, monkeypatch):
-    root = tmp_path / ("sys/fs/cgroup/memory" if version == 1 else "sys/fs/cgroup")
-    limit, used = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+def test_the_limits_of_all_control_groups_count(tmp_path, monkeypatch):
+    root = tmp_path / "sys/fs/cgroup"
     files = {
-        tmp_path / "proc/self/cgroup": "5:cpu:/a/b\n4:memory:/a/b\n" if version == 1 else "0::/a/b\n",
+        tmp_path / "proc/self/cgroup": "0::/a/b\n",
         tmp_path / "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
-        root / f"a/b/memory.{limit}": "9223372036854771712\n" if version == 1 else "max\n",
-        root / f"a/memory.{limit}": "5000000\n",
-        **{root / f"{group}/memory.{used}": "3000000\n" for group in ("a", "a/b")},
+        root / "a/b/memory.max": "max\n",
+        root / "a/memory.max": "5000000\n",
+        **{root / f"{group}/memory.current": "3000000\n" for group in ("a", "a/b")},
         **{root / f"{group}/memory.stat": "anon 1\ninactive_file 500000\n" for group in ("a", "a/b")},
     }
     for path, text in files.items():

@@ -24,19 +24,14 @@ SPARE = 64 << 20  # bytes of a GPU that are left free for kernels that are loade
 
 
 def cgroup_rooms():
-    """Yield the bytes left in each of this process's control groups, from its own to the outermost."""
+    """Yield the bytes left in each of this process's control groups (version 2), from its own to the outermost."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup", controllers)  # version 2, or version 1
-        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
-        own = root / path.lstrip("/")
-        for group in [own, *own.parents]:
-            most = (group / f"memory.{limit}").read_text() if (group / f"memory.{limit}").exists() else "max"
-            if group.is_relative_to(root) and most.strip() != "max":
-                cache = re.search(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
-                yield int(most) - int((group / f"memory.{used}").read_text()) + int(cache[1] if cache else 0)
+        own = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
+        for group in [own, *own.parents] if line.startswith("0::") else []:
+            limit = group / "memory.max"
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+                yield int(most) - int((group / "memory.current").read_text()) + int(cache[1] if cache else 0)
 
 
 def free_memory():

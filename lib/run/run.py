@@ -80,6 +80,7 @@ class Run:
         self.clock.update(checkpoint.get("seconds", {}))
         self.timed_from = 0 if "seconds" in checkpoint else self.tokens
         restore(checkpoint, self.parts)
+        checkpoint.clear()  # frees its memory, whoever else still has a name for it
         print0(f"resuming at step {self.step}{changes}")
 
     def open_logs(self):

@@ -20,7 +20,7 @@ def stop_signals():
     """The signals that end a program unless it handles them; none in a thread, where Python delivers no signals."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    names = (
+    names = [
         "SIGTERM",
         "SIGINT",
         "SIGHUP",
@@ -31,7 +31,7 @@ def stop_signals():
         "SIGVTALRM",
         "SIGPROF",
         "SIGPWR",
-    )
+    ]
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
@@ -47,7 +47,8 @@ def one_run():
             yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # not one of a C library
+                signal.signal(number, handler)
         RUNNING.release()
 
 
