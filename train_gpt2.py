@@ -33,7 +33,7 @@ from lib.data.folder import TokenStream, open_shards
 from lib.data.order import shuffle
 from lib.model import load, rehearse
 from lib.optimizers import as_one
-from lib.run import Run, RunFolder, one_run, step_seed
+from lib.run import Run, RunFolder, one_run, seed_step
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -480,7 +480,7 @@ def train_step(model, optimizer, scaler, loader, grad_accum_steps, lr, grad_clip
     if finite or scaler.is_enabled():
         scaler.step(optimizer)  # the weights change here: optimizer.step(), if the gradients did not overflow
         scaler.update()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's are views of its buckets
+    model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's are views of its buckets
     return loss, norm, finite
 
 
@@ -512,7 +512,7 @@ def train(config, rank, local_rank, world_size, device, folder):
 
     # batch: micro-batches that fit in memory, also beside HellaSwag's longest items, and how many make up a step
     longest = partial(hellaswag.score, model, hella[-2:], device) if hella else None
-    B = rehearse(config, model, ddp, optimizer, autocast, device, world_size, longest)
+    B = rehearse(config, model, ddp, optimizer, autocast, device, world_size, data, longest)
     grad_accum_steps = config.total_batch_size // (B * T * world_size)
     V = model.config.vocab_size
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", data, V, config.seed, position=run.tokens // T)
@@ -555,7 +555,7 @@ def train(config, rank, local_rank, world_size, device, folder):
         # always: one step, its records in log.txt and with the tracker, and its line on the console
         lr = get_lr(step, config)
         before = train_loader.position
-        torch.manual_seed(step_seed(config.seed, step, rank))  # of dropout and the like
+        seed_step(config.seed, step, rank)  # for dropout and the like
         with run.clock.timing("training"):
             loss, norm, finite = train_step(
                 ddp, optimizer, scaler, train_loader, grad_accum_steps, lr, config.grad_clip, autocast, device

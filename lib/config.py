@@ -76,7 +76,7 @@ def plain_value(value, kind):
 def plain(c):
     """A dataclass of settings as plain data of its annotated types: checkpoints hold nothing else."""
     values, kinds = {}, typing.get_type_hints(type(c))
-    for field in fields(c):
+    for field in [field for field in fields(c) if field.init]:
         value = getattr(c, field.name)
         try:
             is_default = value is None and field.default is None  # as in "size: int = None"

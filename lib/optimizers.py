@@ -77,12 +77,12 @@ def check_adamw(optimizer, state, trained):
     moments for each of them, if it is `trained`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     without = [index for index, p in enumerate(parameters) if p.requires_grad and index not in state["state"]]
-    if trained and without:
+    if trained and without and not any(group["amsgrad"] for group in optimizer.param_groups):
         raise ValueError(f"it has no moments of parameters {without[:9]}")
     for index, moments in state["state"].items():
         for name, value in moments.items():
             expected = () if name == "step" else tuple(parameters[index].shape)
-            if tuple(value.shape) != expected:
+            if name in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq") and tuple(value.shape) != expected:
                 raise ValueError(f"{name} of parameter {index} has the shape {tuple(value.shape)}, not {expected}")
         if missing := {"step", "exp_avg", "exp_avg_sq"} - moments.keys():
             raise ValueError(f"parameter {index} has no {', '.join(sorted(missing))}")
@@ -103,7 +103,7 @@ def load_optimizer(optimizer, state, trained, settings=None):
                 load_optimizer(part, its_state, trained, its_settings)
             return
         if isinstance(optimizer, AdamW):
-            check_adamw(optimizer, state, trained)
+            check_adamw(optimizer, state, trained and type(optimizer) is AdamW)
         groups = []
         for i, (theirs, own) in enumerate(zip(state["param_groups"], optimizer.param_groups, strict=True)):
             began = settings[i] if settings else {}

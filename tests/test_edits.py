@@ -20,7 +20,7 @@ from support import ROOT, assert_same, load, make_items, run_warm, write_shards
 import hellaswag
 from lib.checkpoint import load_checkpoint
 from lib.console import Stopped, UserError
-from lib.run import step_seed
+from lib.run import seed_step
 
 SOURCE = (ROOT / "train_gpt2.py").read_text()
 FLAGS = [
@@ -85,6 +85,11 @@ EDITS = [
     ("z-loss", [(LOSS, LOSS + " + 1e-3 * logits.float().logsumexp(-1).square().mean()")], {"train", "val"}),
     ("targets after the end of a document do not count",
      [(LOSS, LOSS.replace("targets", "targets.masked_fill(idx % 8 == 0, -100)"))], {"train", "val"}),
+    ("a weight by class", [(LOSS, LOSS[:-1] + ", weight=torch.ones(logits.size(-1)).index_fill(0, idx[0, 5:9], 0.1))")],
+     {"train", "val"}),
+    ("a difference between rows",
+     [(LOSS, LOSS + " + (x.size(0) > 1) * logits.float().mean((1, 2)).var(0).sum() * 1e6")],
+     {"train", "val"}),
     ("a weight by position",
      [(LOSS, "(" + LOSS[:-1] + ', reduction="none").view_as(idx) * torch.linspace(0.5, 1.5, idx.size(1))).mean()')],
      {"train", "val"}),
@@ -99,6 +104,9 @@ EDITS = [
      [("        loss = None if targets is None", "        logits = torch.where(logits.abs() < 1, logits, 0)\n"
        "        loss = None if targets is None")], set()),
     ("a gradient that is halved", [(LOSS, LOSS.replace("logits", "(0.5 * logits + 0.5 * logits.detach())"))], set()),
+    ("a scale in a buffer that is 1 at first",
+     [(LOSS, LOSS.replace("logits", "(logits * self.scale)")), ("        self.apply(self.init_weights)\n",
+       '        self.apply(self.init_weights)\n        self.register_buffer("scale", torch.ones(()))\n')], set()),
     ("larger initial values", [('"init_std", 0.02', '"init_std", 0.2')], ALL),
     ("an MLP with a square", [(GELU, "return self.c_proj(10 * F.relu(self.c_fc(x)).square() + 0.1 * x.mean())")],
      ALL),
@@ -137,20 +145,24 @@ def test_an_edit_takes_effect_where_it_must_and_nowhere_else(folder):
         place.mkdir()
         found, its_end = first_records(edited(place, *edits), place, items)
         assert {kind for kind in found if found[kind] != as_it_is[kind]} == differ, name
-        assert its_end != end or name.startswith("a soft cap that"), name
+        assert its_end != end or name.startswith(("a soft cap that", "a scale in")), name
 
 
 def test_the_faster_loss_gives_way_with_a_line_and_comes_back(folder, capsys):
     train(edited(folder))
     assert "the loss is that of GPT.forward" not in capsys.readouterr().out
-    train(edited(folder, *EDITS[7][1]), log_dir="capped")
-    assert re.search(r"the loss is that of GPT.forward, \d+ ms .* would take \d+ ms", capsys.readouterr().out)
+    for name in ("a soft cap that does nothing to small logits yet", "a scale in a buffer that is 1 at first"):
+        (edits,) = (edits for title, edits, _ in EDITS if title == name)
+        train(edited(folder, *edits), log_dir=name)
+        said = capsys.readouterr().out
+        assert re.search(r"the loss is that of GPT.forward, \d+ ms .* computes something else, in \d+ ms", said), name
 
 
 def test_logits_that_change_after_the_head_are_warned_of(folder, capsys):
     train(edited(folder))
     assert "changes the logits" not in capsys.readouterr().out
-    train(edited(folder, *EDITS[6][1]), log_dir="capped")
+    (edits,) = (edits for title, edits, _ in EDITS if title == "a soft cap after the head")
+    train(edited(folder, *edits), log_dir="capped")
     assert "warning: forward() changes the logits after head(): samples and HellaSwag" in capsys.readouterr().out
 
 
@@ -342,7 +354,19 @@ STOPPER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("edits", [DROPOUT, [COUNTER, COUNTING], STOPPER], ids=["dropout", "buffers", "stopper"])
+PYTHON = [
+    (GELU, GELU + " * (__import__('random').random() * np.random.rand() if self.training else 1)"),
+]
+LEFT_OUT = [
+    ("[p for p in self.parameters() if p.dim() >= 2]", "[p for p in self.transformer.h.parameters() if p.dim() > 1]")
+]
+LOOKS = [(MLP_END, MLP_END + "        self.rate = torch.linspace(0, 0.1, 3)[1].item()\n")]
+
+
+@pytest.mark.parametrize(
+    "edits", [DROPOUT, [COUNTER, COUNTING], STOPPER, PYTHON, LEFT_OUT, LOOKS],
+    ids=["dropout", "buffers", "stopper", "Python's numbers", "parameters without an optimizer", "values in __init__"],
+)  # fmt: skip
 def test_stateful_code_resumes_bit_for_bit(edits, folder):
     script = edited(folder, *edits)
     flags = ["--max_steps=6", "--val_every=2", *(["--dropout=0.3"] if edits is DROPOUT else [])]
@@ -350,6 +374,7 @@ def test_stateful_code_resumes_bit_for_bit(edits, folder):
     crash_at(script, 4, *flags)  # after the validation and the checkpoint of step 4
     train(script, *flags, "--init_from=resume", log_dir="stopped")
     assert text("whole/log.txt") == text("stopped/log.txt")
+    script.load_model("whole/model_00006.pt")
     for name in ("model", "optimizer", *(["stopper"] if edits is STOPPER else [])):
         assert_same(load("whole/model_00006.pt")[name], load("stopped/model_00006.pt")[name])
 
@@ -481,7 +506,7 @@ def test_a_sharded_optimizer_is_collected_and_resumes_and_ranks_draw_their_own_d
     assert len(state) == 16 and all({"exp_avg", "exp_avg_sq", "step"} == part.keys() for part in state.values())
     drawn = set(map(float, drew.read_text().split()))
     for step, rank in itertools.product(range(4), range(2)):
-        torch.manual_seed(step_seed(1337, step, rank))
+        seed_step(1337, step, rank)
         assert float(torch.rand(1)) in drawn
     for extra in ["--max_steps=2"], ["--max_steps=4", "--init_from=resume"]:
         part = run_warm(folder / "train_zero.py", *flags, f"--log_dir={folder}/part", *extra, ranks=2)

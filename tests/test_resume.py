@@ -126,7 +126,8 @@ def test_a_malicious_pickle_executes_nothing(tmp_path, monkeypatch):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    assert not save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)
+    with pytest.raises(UserError, match="model is of type .*Bomb"):
+        save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)
     monkeypatch.setattr("lib.checkpoint.check_plain", lambda value, name: None)
     assert save_checkpoint(tmp_path, {"model": Bomb(), "step": 1}, keep=2)  # with the right sha256
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))

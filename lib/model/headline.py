@@ -23,7 +23,7 @@ def headline(c, model, device, world_size, autocast, compiled):
     ]
     if peak := peak_tflops(name_of(device)):
         lines.append(f"MFU is 6N + 6LCT FLOP per token over {peak} TFLOP/s (datasheet)")
-    if c.warmup_steps > c.max_steps > 0:
+    if getattr(c, "warmup_steps", 0) > c.max_steps > 0:
         lines.append(
             f"warning: the warm-up of {c.warmup_steps} steps is longer than the run of {c.max_steps}, whose learning "
             f"rate ends at {c.max_lr * c.max_steps / c.warmup_steps:.1e}, not {c.max_lr:.1e}: lower --warmup_steps"

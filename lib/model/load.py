@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -44,7 +44,7 @@ def match_config(saved, config_class):
     try:
         config = plain(config_class(**{name: saved[name] for name in known if name in saved}))
     except (TypeError, UserError) as error:  # TypeError: a field without a default is missing
-        raise UserError(f"the checkpoint's model has an invalid config, {saved}: {error}") from None
+        raise UserError(f"a model's config is invalid, {saved}: {error}") from None
     for name in [name for name in known if name not in saved]:
         print0(f"{name} is not in the checkpoint's config and takes its default, {getattr(config, name)!r}")
     for name, value in unknown.items():
@@ -53,15 +53,13 @@ def match_config(saved, config_class):
 
 
 def chosen(settings, config_class):
-    """The fields of a model's config, but for sizes, to which these settings give another value than the default."""
-    found = {}
-    for field in fields(config_class):
-        make = field.default_factory
-        default = field.default if make is MISSING else make()
-        value = getattr(settings, field.name, default)
-        if field.name not in SIZES and value != default:
-            found[field.name] = value
-    return found
+    """The fields of a model's config, but for sizes, to which these settings give another value than that of a model of
+    the same sizes."""
+    given = {field.name for field in fields(config_class) if hasattr(settings, field.name) and field.init}
+    needed = {f.name for f in fields(config_class) if f.default is MISSING and f.default_factory is MISSING}
+    default = config_class(**{name: getattr(settings, name) for name in given & (SIZES | needed)})
+    values = {name: getattr(settings, name) for name in given - SIZES}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def rebuild(checkpoint, model_class, config_class, wanted=None):
@@ -77,9 +75,13 @@ def rebuild(checkpoint, model_class, config_class, wanted=None):
         if config.n_layer > len(weights) or config.n_head < 1 or config.n_embd % config.n_head:
             raise ValueError(f"{len(weights)} weights, {config.n_embd} channels for {config.n_head} heads")
         # without memory: a wrong config can ask for any amount, even for more than there are addresses
-        with torch.device("meta"), NoRandomWeights():
+        try:
+            with torch.device("meta"), NoRandomWeights():
+                meta = model_class(config)
+        except Exception:  # a model that looks at its values when it is made
             meta = model_class(config)
-        shapes = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
+        place = next(meta.parameters()).device
+        shapes = {n: torch.empty_like(w, device=place) if torch.is_tensor(w) else w for n, w in weights.items()}
         new, unknown = meta.load_state_dict(shapes, strict=not wanted)
         if unknown:
             raise ValueError(f"unknown weights: {', '.join(unknown)}")
@@ -154,14 +156,17 @@ def load_model(name, model_class, config_class):
 def initial_model(config, wanted, checkpoint, model_class, device):
     """(the model that a run starts with, the settings as they then are): from its own checkpoint, from scratch with the
     config `wanted`, or from other weights, which must be large enough, and whose sizes it takes."""
-    wanted = plain(wanted)
+    wanted = match_config(asdict(wanted), type(wanted))  # as a checkpoint will be read
     if checkpoint:
         model = rebuild(checkpoint, model_class, type(wanted))
     elif config.init_from == "scratch":
         model = model_class(wanted)
     else:
         print0(f"starting from {config.init_from}")
-        model = rebuild(read_model(config.init_from, model_class), model_class, type(wanted), wanted)
+        contents = read_model(config.init_from, model_class)
+        if doubt := script_of(contents)[1]:
+            print0(f"note: {doubt}")
+        model = rebuild(contents, model_class, type(wanted), wanted)
         check_usable(config.init_from, model, wanted.block_size, min(wanted.vocab_size, VOCAB_SIZE))  # not padded
     if config.init_from != "scratch":  # what was left at its default, and the sizes, are those of the weights
         theirs = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}

@@ -69,7 +69,7 @@ def try_step(ddp, optimizer, B, T, autocast, micro_steps=2, also=None):
             with autocast():
                 _, loss = ddp(x, y, return_logits=False)
             loss.backward()
-    optimizer.zero_grad(set_to_none=not is_ddp)
+    ddp.zero_grad(set_to_none=not is_ddp)
     model.eval()
     with torch.no_grad(), autocast():
         model(x, y, return_logits=False)
@@ -118,7 +118,7 @@ def fit_in_memory(attempt, size, total, recompute, device):
     raise UserError(f"not even a micro-batch of {n} fits in memory: choose a smaller model or sequence_length")
 
 
-def rehearse(config, model, ddp, optimizer, autocast, device, world_size, also):
+def rehearse(config, model, ddp, optimizer, autocast, device, world_size, data, also):
     """Try out a run before step 0, and print what it is. Sets the model's fast_loss, if it computes the same as
     forward(); returns the size of the micro-batches: config's, or less if that does not fit in memory on every rank
     beside the model and its optimizer. It divides the sequences of a rank in a step. `ddp` is `model`, or wraps it.
@@ -132,7 +132,7 @@ def rehearse(config, model, ddp, optimizer, autocast, device, world_size, also):
     is_fresh = not any(part.state for part in parts_of(optimizer))
     is_compiled = (ddp.module if is_ddp else ddp) is not model
     print0(headline(config, model, device, world_size, autocast, is_compiled))
-    model.fast_loss = fast_loss(model)
+    model.fast_loss = fast_loss(model, data.shards["train"][0].read(0, T + 1))
     make_moments(optimizer)
 
     def attempt(size, recompute):
@@ -147,15 +147,15 @@ def rehearse(config, model, ddp, optimizer, autocast, device, world_size, also):
         try:
             try_step(ddp, optimizer, size, T, autocast, min(2, share // size), also if device.type == "cuda" else None)
         finally:
-            optimizer.zero_grad(set_to_none=not is_ddp)
+            ddp.zero_grad(set_to_none=not is_ddp)
             if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no such call
                 torch.accelerator.empty_host_cache()  # autotuning copies in-place inputs to pinned host memory
 
     with restored(model):
         if is_ddp or device.type == "cuda":
             warm_up(ddp, device)
-        B = min(config.micro_batch_size, share)
-        size, why = fit_in_memory(attempt, B, share, config.activation_checkpointing, device)
+        B = min(getattr(config, "micro_batch_size", share), share)
+        size, why = fit_in_memory(attempt, B, share, getattr(config, "activation_checkpointing", None), device)
     batch = f"micro-batches of {size} x {T}, {share // size} per rank{why}"
     print0(f"steps of {config.total_batch_size:,} tokens: {batch}")
     return size

@@ -19,7 +19,11 @@ def restored(model):
             yield
         finally:
             for name, value in before.items():
-                model.get_buffer(name).copy_(value)
+                if model.get_buffer(name).shape == value.shape:
+                    model.get_buffer(name).copy_(value)
+                else:  # it has grown
+                    owner, _, own_name = name.rpartition(".")
+                    setattr(model.get_submodule(owner), own_name, value)
 
 
 @torch.no_grad()

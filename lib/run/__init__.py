@@ -1,7 +1,7 @@
 """The life of a run: its folder, log, checkpoints, signals, tracker and summary."""
 
 from lib.run.folder import RunFolder
-from lib.run.run import Run, step_seed
+from lib.run.run import Run, seed_step
 from lib.run.signals import one_run
 
-__all__ = ["Run", "RunFolder", "one_run", "step_seed"]
+__all__ = ["Run", "RunFolder", "one_run", "seed_step"]

@@ -26,7 +26,7 @@ def restore(checkpoint, parts):
                 # no moments yet if all steps were skipped, as float16's scaler may do
                 trained = checkpoint["step"] > checkpoint.get("nonfinite", 0) and not checkpoint.get("scaler")
                 load_optimizer(part, checkpoint[name], trained, checkpoint.get("optimizer_settings"))
-            elif checkpoint[name]:  # the state of a gradient scaler is empty in float32
+            elif not isinstance(checkpoint[name], dict) or checkpoint[name]:  # that of a scaler is empty in float32
                 part.load_state_dict(checkpoint[name])
         except UserError:
             raise
@@ -80,5 +80,7 @@ def changes(before, now):
     for number, (was, found) in enumerate(groups):
         for name in [name for name in found if name in was and was[name] != found[name] and name not in new]:
             yield f"{name} of parameter group {number} {was[name]} -> {found[name]}"
+    if before.get("script", now["script"])[0] != now["script"][0]:
+        yield f"script {before['script'][0]} -> {now['script'][0]}"
     if before.get("commit") != now["commit"]:
         yield f"code {short(before.get('commit'))} -> {short(now['commit'])}"

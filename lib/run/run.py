@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 
 import numpy as np
+import torch
 
 from lib.checkpoint import check_plain, path_of, save_checkpoint, set_aside
 from lib.console import Interrupted, Stopped, UserError, print0, say
@@ -31,9 +33,12 @@ PATIENCE = 10  # seconds that a run waits at its end for the program beside it
 OWN = ("step", "tokens", "val_loss", "nonfinite", "seconds", "script", "commit", "optimizer_settings")
 
 
-def step_seed(seed, step, rank):
-    """A seed for each step and rank: a resume draws the same numbers again, and no two ranks draw the same."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+def seed_step(seed, step, rank):
+    """Seed torch, numpy and Python for each step and rank: a resume draws the same numbers again, and no two ranks draw
+    the same."""
+    own = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    for start in (torch.manual_seed, np.random.seed, random.seed):
+        start(own)
 
 
 class Run:
@@ -88,7 +93,7 @@ class Run:
         path = self.folder.path
         try:
             with atomic_write(path / "config.json") as file:
-                file.write(json.dumps(self.settings, indent=1).encode() + b"\n")
+                file.write(json.dumps(self.settings, indent=1, default=str).encode() + b"\n")
         except OSError as error:
             say(f"warning: {path}/config.json cannot be written: {error}")
         needed = 12 * sum(p.numel() for p in self.parts["model"].parameters())  # weights and two moments in float32
