@@ -31,7 +31,7 @@ class NoRandomWeights(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def match_config(saved, config_class):
+def match_config(saved, config_class, whose="the checkpoint's"):
     """A checkpoint's config as a config_class. Missing fields take their defaults; unknown fields are ignored if they
     are off (None, False, 0); both are reported. Raises UserError for other unknown fields and for invalid values."""
     known = [field.name for field in fields(config_class)]
@@ -44,7 +44,7 @@ def match_config(saved, config_class):
     try:
         config = plain(config_class(**{name: saved[name] for name in known if name in saved}))
     except (TypeError, UserError) as error:  # TypeError: a field without a default is missing
-        raise UserError(f"a model's config is invalid, {saved}: {error}") from None
+        raise UserError(f"{whose} model has an invalid config, {saved}: {error}") from None
     for name in [name for name in known if name not in saved]:
         print0(f"{name} is not in the checkpoint's config and takes its default, {getattr(config, name)!r}")
     for name, value in unknown.items():
@@ -156,7 +156,7 @@ def load_model(name, model_class, config_class):
 def initial_model(config, wanted, checkpoint, model_class, device):
     """(the model that a run starts with, the settings as they then are): from its own checkpoint, from scratch with the
     config `wanted`, or from other weights, which must be large enough, and whose sizes it takes."""
-    wanted = match_config(asdict(wanted), type(wanted))  # as a checkpoint will be read
+    wanted = match_config(asdict(wanted), type(wanted), "this run's")  # as a checkpoint will be read
     if checkpoint:
         model = rebuild(checkpoint, model_class, type(wanted))
     elif config.init_from == "scratch":
