@@ -42,10 +42,6 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "tracker": ("", "tensorboard", "wandb"),
 }
-CHECKED = (  # what problems() looks at
-    "n_head", "n_embd", "total_batch_size", "micro_batch_size", "sequence_length", "init_from", "vocab_size",
-    "sample_every", "hellaswag_every", "tracker", "sample_prompt",
-)  # fmt: skip
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 # -----------------------------------------------------------------------------
@@ -202,6 +198,11 @@ def problems(c, world_size, model_names):
         yield "sample_prompt is empty: set a prompt, or --sample_every 0"
 
 
+class OrNone(argparse.Namespace):
+    def __getattr__(self, name):  # of a setting that this code does not have
+        return None
+
+
 def check(c, world_size, model_names):
     """Return the settings as plain values. Raises UserError, with the remedy, for those that cannot run."""
     c = plain(c)
@@ -214,7 +215,6 @@ def check(c, world_size, model_names):
         if getattr(c, name, choices[0]) not in choices:
             names = " ".join(choice or "empty" for choice in choices)
             raise UserError(f"{name} is {getattr(c, name)!r}: it must be one of {names}")
-    settings = argparse.Namespace(**{**dict.fromkeys(CHECKED), **vars(c)})
-    for problem in problems(settings, world_size, model_names):
+    for problem in problems(OrNone(**vars(c)), world_size, model_names):
         raise UserError(problem)
     return c

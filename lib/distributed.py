@@ -74,12 +74,12 @@ def leaving_together():
     except BaseException as error:
         if dist.get_world_size() > 1 and not isinstance(error, Stopped):
             os._exit(report(error))
-        part()
+        wait_and_leave()
         raise
-    part()
+    wait_and_leave()
 
 
-def part():
+def wait_and_leave():
     wait_for_all()
     dist.barrier()  # rank 0 may hold the store, and has to answer the others before it leaves
 

@@ -24,10 +24,6 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def zero_grad(self, set_to_none=True):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
     def state_dict(self):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
@@ -75,17 +71,18 @@ def state_like(optimizer):
 def check_adamw(optimizer, state, trained):
     """Raise ValueError unless the state has the shapes of the parameters, beyond which the fused kernel would read, and
     moments for each of them, if it is `trained`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    without = [index for index, p in enumerate(parameters) if p.requires_grad and index not in state["state"]]
-    if trained and without and not any(group["amsgrad"] for group in optimizer.param_groups):
-        raise ValueError(f"it has no moments of parameters {without[:9]}")
-    for index, moments in state["state"].items():
-        for name, value in moments.items():
-            expected = () if name == "step" else tuple(parameters[index].shape)
-            if name in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq") and tuple(value.shape) != expected:
-                raise ValueError(f"{name} of parameter {index} has the shape {tuple(value.shape)}, not {expected}")
-        if missing := {"step", "exp_avg", "exp_avg_sq"} - moments.keys():
-            raise ValueError(f"parameter {index} has no {', '.join(sorted(missing))}")
+    parameters = [(p, group["amsgrad"]) for group in optimizer.param_groups for p in group["params"]]
+    if unknown := [index for index in state["state"] if index not in range(len(parameters))]:
+        raise ValueError(f"it has state of parameters {unknown}, of {len(parameters)}")
+    for index, (p, amsgrad) in enumerate(parameters):
+        shapes = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+        shapes |= {"max_exp_avg_sq": tuple(p.shape)} if amsgrad else {}
+        moments = state["state"].get(index)
+        if moments is None:  # one that no loss has reached yet; without amsgrad, make_moments gives it moments, too
+            if trained and p.requires_grad and not amsgrad:
+                raise ValueError(f"it has no moments of parameter {index}")
+        elif (found := {name: tuple(value.shape) for name, value in moments.items()}) != shapes:
+            raise ValueError(f"for parameter {index} it has the shapes {found}, not {shapes}")
 
 
 def load_optimizer(optimizer, state, trained, settings=None):
@@ -102,8 +99,8 @@ def load_optimizer(optimizer, state, trained, settings=None):
                 its_settings = [group for _, group in zip(part.param_groups, settings, strict=False)]
                 load_optimizer(part, its_state, trained, its_settings)
             return
-        if isinstance(optimizer, AdamW):
-            check_adamw(optimizer, state, trained and type(optimizer) is AdamW)
+        if type(optimizer) is AdamW:  # a class derived from it may keep something else
+            check_adamw(optimizer, state, trained)
         groups = []
         for i, (theirs, own) in enumerate(zip(state["param_groups"], optimizer.param_groups, strict=True)):
             began = settings[i] if settings else {}

@@ -141,7 +141,7 @@ def test_a_temperature_next_to_0_takes_the_likeliest():
 def test_characters_come_whole_and_the_text_ends_at_its_end(checkpoint, monkeypatch):
     text = "naïve 世界 🙂 𝕊"
     ids = [*get_tokenizer().encode_ordinary(text), get_tokenizer().encode_ordinary("🙂")[0], EOT, 464]
-    monkeypatch.setattr(sample, "stream", lambda *args: (torch.tensor([[i]]) for i in ids))
+    monkeypatch.setattr(train_gpt2, "stream", lambda *args: (torch.tensor([[i]]) for i in ids))
     pieces = []
     monkeypatch.setattr(sample, "write", pieces.append)
     sample.print_samples(arguments(checkpoint))
@@ -159,7 +159,7 @@ def test_prompts_from_files_and_standard_input(checkpoint, tmp_path, monkeypatch
 
 def test_of_a_long_prompt_the_end_is_used(checkpoint, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "stream", lambda model, idx, *args: seen.append(idx) or stream(model, idx, *args))
+    monkeypatch.setattr(train_gpt2, "stream", lambda model, idx, *args: seen.append(idx) or stream(model, idx, *args))
     sample.print_samples(arguments(checkpoint, prompt="one two three four five six " * 20))
     assert "the prompt has 121 tokens, the model sees only the last 24" in capsys.readouterr().err
     assert seen[0].tolist() == [get_tokenizer().encode_ordinary("one two three four five six " * 20)[-24:]]

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # python tools/sample.py works, too
+import train_gpt2
 from lib.console import UserError, run_as_command
 from lib.device import check_device, default_device
 from lib.files import expand
 from lib.model.load import check_usable
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
-from train_gpt2 import load_model, stream
 
 LIMITS = {  # from, to
     "temperature": (0, 1e30), "top_k": (0, VOCAB_SIZE), "top_p": (1e-9, 1), "max_new_tokens": (0, 10**9),
@@ -71,7 +71,7 @@ def write(text):
 def model_to_sample(name, device):
     """The model, ready to sample from, on its device."""
     check_device(device)
-    model = load_model(name)
+    model = train_gpt2.load_model(name)
     check_usable(name, model)
     if device == "cpu":  # a single token reads every matrix once, which on CPUs is faster column by column
         for parameter in model.parameters():
@@ -91,6 +91,8 @@ def print_samples(args):
     prompts = ask() if args.prompt is None and sys.stdin.isatty() else [read_prompt(args.prompt)]
     torch.set_float32_matmul_precision("high")
     model = model_to_sample(args.model, args.device)
+    script = sys.modules[type(model).__module__]
+    stream = getattr(script, "stream", train_gpt2.stream)  # the script may have changed it
     generator = torch.Generator(args.device).manual_seed(args.seed)
     room = model.config.block_size
     for prompt in prompts:

@@ -37,6 +37,4 @@ def check_head(model):
         alone = model.head(model.hidden_states(idx))
         model.train()
     if not torch.allclose(logits, alone, rtol=1e-6, atol=0, equal_nan=True):
-        print0(
-            "warning: forward() changes the logits after head(): samples and HellaSwag do not have that, head() would"
-        )
+        print0("warning: forward() changes the logits after head(), which samples and HellaSwag call: change it there")

@@ -216,13 +216,20 @@ class Run:
             wait_for_all()
 
     def start_beside(self, *command):
-        """Start a Python program at a low priority, out of reach of the signals that stop the run, once the one before
-        it has ended."""
-        self.wait_beside()
-        command = ["nice", "-n", "19", sys.executable, *map(str, command)]
+        """Start a Python program at a low priority, out of reach of the signals that stop the run, unless the last one
+        is still at work. The end of the run waits for it."""
+        if self.step == self.max_steps:
+            self.wait_beside()
+        if self.beside and self.beside.poll() is None:
+            return
         environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
         nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
+        command = [sys.executable, *map(str, command)]
+        try:
+            self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
+            os.setpriority(os.PRIO_PROCESS, self.beside.pid, 19)
+        except OSError as error:
+            say(f"warning: cannot start {shlex.join(command)}: {error}")
         self.folder.stack.callback(self.wait_beside)
 
     def wait_beside(self):
