@@ -26,6 +26,7 @@ def logits_buffer(vocab_size, dtype):
 def chunked_cross_entropy(x, weight, targets):
     """F.cross_entropy(x @ weight.T, targets): x (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64. Returns a
     float32 scalar in nats per token."""
+    weight = weight if torch.is_grad_enabled() else weight.detach()  # or validation computes gradients, too
     return ChunkedCrossEntropy.apply(x, weight, targets)
 
 
