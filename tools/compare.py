@@ -1,0 +1,346 @@
+"""
+Is a change better, or was the seed lucky? Train with and without it, seed by seed, and judge the differences.
+
+    python -m tools.compare -- --max_lr 1e-2                    # a setting, against the preset as it is
+    python -m tools.compare --code ../my_copy                   # an edited copy of the scripts, against this one
+    python -m tools.compare --diff my.diff --seeds 8            # a diff: by git diff, or as in docs/hacking.md
+
+The two runs of a seed begin with the same weights and see the same data in the same order, so that much of what a seed
+adds to the loss cancels. Judged is the loss on the whole validation split after the last step; the 95% interval of the
+mean difference is Student's t over the pairs. The code is copied first: you can edit on while it runs. Finished runs
+are kept in --folder and used again, an interrupted one is resumed.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parent.parent))  # python tools/compare.py works, too
+from lib.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from lib.console import UserError, run_as_command, say
+from lib.data.folder import ShardFolder
+from lib.device import default_device, name_of
+from lib.files import ROOT, atomic_write, expand
+from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, smooth, tokens_at
+from train_gpt2 import PRESETS
+
+QUIET = [f"--{what}_every=0" for what in ("val", "hellaswag", "sample", "plot")]  # while training
+MEASURE = ["--init_from=resume", "--val_every=1", f"--val_tokens={2**40}"]  # then: the loss on the whole split
+STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)  # exit codes of a run that others ended
+# the 97.5% quantile of Student's t with 1, 2, ... degrees of freedom
+T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+class DoesNotTrain(Exception):
+    """A run that crashed or diverged, which is a result, too."""
+
+
+# -----------------------------------------------------------------------------
+# Code
+
+
+def apply_diff(text, folder):
+    """Apply a diff to the files in a folder: by git, or the fenced parts of a Markdown page, each after the name of its
+    file in backquotes. Line numbers are ignored: the old lines of each part must be in one place only."""
+    path, hunks = None, []
+    for line in text.splitlines():
+        if name := re.fullmatch(r"\+\+\+ (?:b/)?(\S+).*|`(\S+)`", line):
+            path = folder / (name[1] or name[2])
+        elif line.startswith(("@@", "```diff")):
+            hunks.append((path, []))
+        elif hunks and line[:1] in ("", " ", "-", "+") and not line.startswith("--- "):
+            hunks[-1][1].append(line or " ")
+        elif line.startswith("```"):
+            hunks.append((None, []))  # text until the next part
+    for path, lines in [hunk for hunk in hunks if hunk[0] and hunk[1]]:
+        old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        content = path.read_text(encoding="utf-8") if path.exists() else ""
+        if old and content.count(old) != 1:
+            raise UserError(f"the diff does not fit: {content.count(old)} places in {path.name} are\n{old}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content.replace(old, new) if old else content + new, encoding="utf-8")
+
+
+def copy_code(source, folder, diff=None):
+    """Copy the scripts in `source` to folder/code_HASH, with a diff (the path of its file) applied, and return that."""
+    copy = folder / f"code.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir(parents=True)
+        for name in ("lib", "assets"):
+            shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in source.glob("*.py"):
+            shutil.copy(path, copy)
+        if diff:
+            apply_diff(Path(expand(diff)).read_text(encoding="utf-8"), copy)
+        files = sorted(path for path in copy.rglob("*") if path.is_file())
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes() + b"\0")
+        place = folder / f"code_{digest.hexdigest()[:10]}"
+        if not place.exists():
+            copy.rename(place)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot copy the code to compare into {folder}/: {error}") from None
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    return place
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+def folder_of(folder, code, flags):
+    """Where the runs of this code with these flags are: another version of torch, another device or number of threads
+    rounds in another way."""
+    rounding = torch.__version__, torch.get_num_threads(), name_of(torch.device(default_device()))
+    return folder / hashlib.sha256(json.dumps([code.name, flags, *rounding]).encode()).hexdigest()[:10]
+
+
+def data_of(run):
+    """Identifies the data of a run, by its settings."""
+    data_dir = json.loads((run / "config.json").read_bytes())["data_dir"]
+    return hashlib.sha256(repr(sorted(ShardFolder(data_dir).facts.items())).encode()).hexdigest()
+
+
+def start(code, flags, run):
+    """Train in the folder of a run. Raises DoesNotTrain if it crashes or diverges, UserError if it ends otherwise."""
+    command = [sys.executable, code / "train_gpt2.py", *flags, "--log_dir", run]
+    with open(run / "console.txt", "ab") as console:
+        process = subprocess.Popen(list(map(str, command)), stdout=console, stderr=console, stdin=subprocess.DEVNULL)
+        try:
+            ended = process.wait()  # its exit code
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # a terminal has sent it one, too: they count as one
+            process.wait()
+            raise
+    if ended == 0:
+        return
+    printed = (run / "console.txt").read_text(encoding="utf-8", errors="replace")
+    failure = printed.rstrip().rpartition("\n")[2].removeprefix("error: ") or f"exit code {ended}"
+    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
+    last = re.findall(r" (?:train|norm) (\S+)$", log, re.M)[-2:]
+    if ended in STOPPED or (ended == 2 and all(math.isfinite(float(value)) for value in last)):
+        raise UserError(f"{failure} (see {run}/console.txt; the same command continues)")
+    raise DoesNotTrain(failure)
+
+
+def result_of(code, flags, run):
+    """What a run gave: val_loss in nats per token, seconds of training, tokens, parameters. Trains if it is not known,
+    or if the data has changed since."""
+    path = run / "result.json"
+    if path.exists():
+        result = json.loads(path.read_bytes())
+        if result["data"] == data_of(run):
+            return result
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    start(code, flags + ["--init_from", "resume"] * (run / "config.json").exists(), run)
+    if not list_checkpoints(run):
+        raise UserError(f"{run}/ has no checkpoint: leave out --checkpoint_every 0")
+    start(code, flags + MEASURE, run)
+    checkpoint = load_checkpoint(newest_checkpoint(run))
+    if not math.isfinite(checkpoint["val_loss"]):
+        raise DoesNotTrain(f"the validation loss is {checkpoint['val_loss']}")
+    result = {"val_loss": checkpoint["val_loss"], "seconds": checkpoint["seconds"]["training"]}
+    result |= {"tokens": checkpoint["tokens"], "data": data_of(run)}
+    weights = {w.data_ptr(): w.numel() for w in checkpoint["model"].values() if torch.is_tensor(w)}  # tied ones once
+    result["parameters"] = sum(weights.values())
+    with atomic_write(path) as file:
+        file.write(json.dumps(result).encode())
+    for checkpoint in list_checkpoints(run):
+        checkpoint.unlink()
+    return result
+
+
+# -----------------------------------------------------------------------------
+# The verdict
+
+
+def half_width(deviation, n, freedom):
+    """Half of a 95% interval of a mean of n. Beyond the table, by the expansion of Fisher and Cornish."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    t = T[freedom - 1] if freedom <= len(T) else z + (z**3 + z) / (4 * freedom)
+    return t * deviation / n**0.5
+
+
+def judge(changed, unchanged):
+    """The verdict on two lists of losses, a pair for each seed, as a dict: the mean difference, changed - unchanged,
+    and its 95% interval; the same as if the runs were no pairs; pairs that would show half the difference."""
+    n = len(changed)
+    differences = [a - b for a, b in zip(changed, unchanged, strict=True)]
+    mean, deviation = statistics.mean(differences), statistics.stdev(differences)
+    half = half_width(deviation, n, n - 1)
+    loose = half_width((statistics.variance(unchanged) + statistics.variance(changed)) ** 0.5, n, 2 * n - 2)
+    verdict = "worse" if mean - half > 0 else "better" if mean + half < 0 else "no difference shown"
+    enough = (m for m in range(2, 10_000) if half_width(deviation, m, m - 1) < abs(mean) / 2)
+    return {
+        "verdict": verdict, "difference": mean, "low": mean - half, "high": mean + half, "pairs": n,
+        "unpaired_low": mean - loose, "unpaired_high": mean + loose, "pairs_for_half": next(enough, None),
+        "differences": differences, "unchanged": unchanged, "changed": changed,
+    }  # fmt: skip
+
+
+def describe(v):
+    """A verdict of judge() in a line."""
+    interval = f"95% from {v['low']:+.4f} to {v['high']:+.4f}, {v['pairs']} pairs"
+    return f"{v['verdict']} | val loss {v['difference']:+.4f} nats, {interval}"
+
+
+def draw(v, runs, out):
+    """The curves of both sides and the differences by seed, as a picture. runs: the folders of each side, by seed."""
+    curves = []
+    for folders, name, color in zip(runs, ("changed", "unchanged"), ("C1", "C0"), strict=True):
+        lines = []
+        for folder in folders:
+            run = read_run(folder, None)
+            steps, losses = np.array(sorted(run.records["train"].items()), dtype=float).T
+            tokens, losses = tokens_at(run, steps), smooth(losses)
+            curves.append((tokens, losses, {"color": color, "linewidth": 0.5, "alpha": 0.5}))
+            lines.append(losses)
+        curves.append((tokens, np.mean(lines, axis=0), {"color": color, "linewidth": 1.8, "label": name}))
+    end = max(tokens.max() for tokens, _, _ in curves)
+    unit = next(unit for unit in UNITS if unit <= end)
+    figure = Figure((12, 5), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    seen = plot_curves(left, curves, end, unit)
+    enlarge_the_end(left, curves, seen, end, unit)
+    left.set(title="training loss, nats per token", xlabel=UNITS[unit])
+    left.legend(loc="lower left", fontsize="small")
+    seeds = np.arange(1, v["pairs"] + 1)
+    right.axhline(0, color="0.4", linewidth=1)
+    right.axhspan(v["low"], v["high"], color="C1", alpha=0.15, label="95% interval of the mean")
+    right.axhline(v["difference"], color="C1", label=f"mean {v['difference']:+.4f}")
+    right.plot(seeds, v["differences"], "o", color="C1", label="changed - unchanged")
+    right.set(title="difference in validation loss, by seed", xlabel="seed", xticks=seeds)
+    right.legend(fontsize="small")
+    right.grid(alpha=0.3)
+    figure.suptitle(describe(v))
+    try:
+        with atomic_write(out) as file:
+            figure.savefig(file, format=Path(out).suffix[1:] or "png")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}") from None
+    say(f"drawn: {out}")
+
+
+# -----------------------------------------------------------------------------
+# The comparison
+
+
+def train_in_pairs(sides, seeds, folder):
+    """Yield the (folder, result) of each side when the runs of a seed are finished. sides: (name, code, flags) each."""
+    for seed in range(1, seeds + 1):
+        pair = []
+        for name, code, flags in sides:
+            run = folder_of(folder, code, flags) / f"seed_{seed}"
+            begin = time.monotonic()
+            try:
+                result = result_of(code, [*flags, "--seed", str(seed)], run)
+            except DoesNotTrain as error:
+                raise DoesNotTrain(f"{name}, seed {seed}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{name}, seed {seed}: {error}") from None
+            took = f"{time.monotonic() - begin:.0f} s"
+            say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {run}")
+            pair.append((run, result))
+        yield pair
+
+
+def report(v, sides):
+    """Print what stands beside the verdict: the value of the pairs, and what the change costs. sides: results."""
+    interval = f"95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}"
+    enough = f"; {v['pairs_for_half']} pairs would show half the difference" if v["pairs_for_half"] else ""
+    say(f"if the runs were no pairs: {interval}{enough}")
+    seconds, speeds, parameters = [], [], []
+    for results in sides:
+        seconds.append(statistics.median(result["seconds"] for result in results))
+        speeds.append(statistics.median(result["tokens"] / result["seconds"] for result in results))
+        parameters.append(results[0]["parameters"])
+    v |= {"seconds": seconds, "tokens_per_second": speeds, "parameters": parameters}
+    say(
+        f"changed and unchanged: {seconds[0]:.0f} and {seconds[1]:.0f} s of training, {speeds[0]:,.0f} and "
+        f"{speeds[1]:,.0f} tokens/s (x {speeds[0] / speeds[1]:.2f}), {parameters[0]:,} and {parameters[1]:,} parameters"
+    )
+
+
+def compare(args, only):
+    """Train in pairs and print the verdict. only: the flags of the changed side."""
+    both = shlex.split(args.both)
+    for flag in both + only:
+        if re.match(r"--(preset|seed|log[-_]dir)\b", flag):
+            raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
+    folder = Path(expand(args.folder))
+    unchanged = copy_code(ROOT, folder)
+    changed = copy_code(Path(expand(args.code or ROOT)), folder, args.diff)
+    flags = ["--preset", args.preset, *QUIET, *both]
+    sides = [("changed", changed, flags + only), ("unchanged", unchanged, flags)]  # a wrong flag shows at once
+    pairs = []
+    try:
+        for pair in train_in_pairs(sides, args.seeds, folder):
+            pairs.append(pair)
+            if len(pairs) > 1:
+                verdict = judge(*[[result["val_loss"] for _, result in side] for side in zip(*pairs, strict=True)])
+                say(f"so far: {describe(verdict)}")
+        runs, results = zip(*[zip(*side, strict=True) for side in zip(*pairs, strict=True)], strict=True)
+        report(verdict, results)
+        draw(verdict, runs, expand(args.out))
+        text = describe(verdict)
+    except DoesNotTrain as error:
+        verdict = {"verdict": "does not train", "reason": str(error)}
+        text = f"does not train | {error}"
+    if args.json:
+        try:
+            with atomic_write(expand(args.json)) as file:
+                file.write(json.dumps(verdict, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error}") from None
+    say(f"verdict: {text}")
+    return verdict
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Judge a change by runs in pairs, one pair for each seed", allow_abbrev=False,
+        usage="%(prog)s [flags] [-- flags of train_gpt2.py for the changed side]",
+    )  # fmt: skip
+    default = " (default: %(default)s)"
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--code", help="a folder with an edited copy of the scripts, for the changed side")
+    change.add_argument("--diff", help="a file with a diff, which is applied to a copy of these scripts")
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="of both sides" + default)
+    parser.add_argument("--seeds", type=int, default=5, help="pairs of runs, 2 or more" + default)
+    parser.add_argument("--both", default="", help='flags of train_gpt2.py for both sides, as --both="--n_layer 2"')
+    parser.add_argument("--out", default="compare.png", help="the picture, a .png, .pdf or .svg" + default)
+    parser.add_argument("--json", help="write the verdict and its numbers to this file")
+    parser.add_argument("--folder", default="compare", help="of the runs and the copied code" + default)
+    argv = sys.argv[1:] if argv is None else argv
+    own, only = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(own)
+    if args.seeds < 2:
+        parser.error("--seeds must be 2 or more: a single pair has no interval")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the run that is in progress, too
+    return run_as_command(compare, args, only, interrupted="interrupted: the same command continues")
+
+
+if __name__ == "__main__":
+    main()
