@@ -175,18 +175,18 @@ def save_checkpoint(log_dir, contents, keep):
     return path
 
 
-def newest_whole_checkpoint(log_dir):
-    """The path of the newest checkpoint that loads, None if there are none. Warns of those that do not load."""
+def newest_whole_checkpoint(log_dir, mmap=False):
+    """(path, contents) of the newest checkpoint that loads, (None, None) if there are none. Warns of those that do not
+    load."""
     paths = list_checkpoints(log_dir)[::-1]
     for path in paths:
         try:
-            load_checkpoint(path)
-            return path
+            return path, load_checkpoint(path, mmap)
         except UserError as error:
             say(f"warning: {error}; falling back to the checkpoint before it")
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {log_dir}/ can be loaded: restore one from a backup")
-    return None
+    return None, None
 
 
 def set_aside(log_dir, first_step):

@@ -132,7 +132,7 @@ class Chaos:
             content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
         newest.write_bytes(content)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.lost += newest_whole_checkpoint(self.log_dir) != before
+            self.lost += newest_whole_checkpoint(self.log_dir)[0] != before
         self.faults["damage"] += 1
 
     def disturb(self, count):

@@ -206,7 +206,7 @@ def test_a_full_console_without_utf8_and_a_hangup_under_nohup_end_no_run(small, 
     assert (
         process.returncode == -signal.SIGINT and err.startswith(b"stopping after this step") and err.count(b"\n") == 1
     )
-    assert newest_whole_checkpoint(log.parent)
+    assert newest_whole_checkpoint(log.parent)[0]
 
 
 def test_text_that_the_terminal_cannot_print_is_escaped(small, tmp_path, monkeypatch):

@@ -373,7 +373,7 @@ def test_steps_of_six_digits_come_after_those_of_five(tmp_path):
     for step in (9, 99_999, 100_000):
         assert save_checkpoint(tmp_path, {**empty, "step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["model_100000.pt", "model_99999.pt"]
-    assert newest_whole_checkpoint(tmp_path).name == "model_100000.pt"
+    assert newest_whole_checkpoint(tmp_path)[0].name == "model_100000.pt"
 
 
 def test_moments_of_another_kind_of_device_go_where_the_fused_kernel_needs_them():

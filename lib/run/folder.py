@@ -49,20 +49,23 @@ class RunFolder:
     def open(self, config, device):
         """Lock the folder for this run. Returns (config, its newest complete checkpoint or None); the config of a
         resumed run says what it was started from."""
-        path = from_rank_0(str(self.lock() or "") if is_main_rank() else None)
         # with mmap the ranks of a machine share its memory until it is on their GPUs; kept on, it would hold the disk
-        checkpoint = load_checkpoint(path, mmap=device.type == "cuda") if path else None
+        mmap = device.type == "cuda"
+        if is_main_rank():
+            self.lock()
+            path, checkpoint = newest_whole_checkpoint(self.path, mmap)
+            from_rank_0(path and str(path))
+        else:
+            path = from_rank_0(None)
+            checkpoint = load_checkpoint(path, mmap) if path else None
         began = config.init_from
         if began == "resume":
             began = checkpoint["train_config"].get("init_from", "scratch") if checkpoint else from_rank_0(self.begun())
         return replace(config, init_from=began), checkpoint
 
     def lock(self):
-        """Lock the folder; return the path of its newest complete checkpoint, None if there is none.
-
-        Raises UserError if it holds a run, unless this run resumes it or is a restart by the torchrun that began it,
-        whose id is noted in the lock.
-        """
+        """Lock the folder. Raises UserError if it holds a run, unless this run resumes it or is a restart by the
+        torchrun that began it, whose id is noted in the lock."""
         launch = f", torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
         if launch.endswith(" none"):  # which all launches with --master_port are called
             launch += f" {os.getppid()}"
@@ -73,7 +76,6 @@ class RunFolder:
             except UserError:  # otherwise a restart of this launch would mistake the run for its own
                 (self.path / "lock").write_text(before)
                 raise
-        return newest_whole_checkpoint(self.path)
 
     def begun(self):
         """What a run without a checkpoint was started from, by its config.json."""
