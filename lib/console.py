@@ -47,11 +47,15 @@ def print0(message):
 
 
 def report(error):
-    """Print an error that ends the program to stderr: a UserError as one line, any other with its traceback. Returns
-    the exit code."""
+    """Print an error that ends the program to stderr: a UserError as one line, any other with its traceback, Ctrl-C not
+    at all. Returns the exit code."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
     known = isinstance(error, UserError)
     say(f"{rank}error: {error}" if known else rank + "".join(traceback.format_exception(error)), sys.stderr)
+    if known and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        say(f"{rank}torchrun may start again, as --max-restarts asks: if that cannot help, press Ctrl-C", sys.stderr)
     return 2 if known else 1
 
 

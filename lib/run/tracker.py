@@ -39,12 +39,14 @@ def open_tensorboard(log_dir, step, settings):
     from torch.utils.tensorboard import SummaryWriter
 
     # what a killed run wrote from this step on is hidden
-    writer = SummaryWriter(log_dir / "tensorboard", purge_step=step, flush_secs=10)
+    path = log_dir / "tensorboard" / log_dir.absolute().name  # TensorBoard names a run after its folder
+    writer = SummaryWriter(path, purge_step=step, flush_secs=10)
     writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()), step)
 
     def log(step, numbers):
         for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
+            group = "loss" if name.endswith("loss") else "other"  # groups are shown in the order of the alphabet
+            writer.add_scalar(f"{group}/{name}", value, step)
 
     return log, writer.close
 
