@@ -70,7 +70,10 @@ def apply_diff(text, folder):
             hunks[-1][1].append(line or " ")
         elif line.startswith("```"):
             hunks.append((None, []))  # text until the next part
-    for path, lines in [hunk for hunk in hunks if hunk[0] and hunk[1]]:
+    hunks = [(path, lines) for path, lines in hunks if path and lines]
+    if not hunks:
+        raise UserError("it is no diff: expected what git diff prints, or parts as in docs/hacking.md")
+    for path, lines in hunks:
         old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
         content = path.read_text(encoding="utf-8") if path.exists() else ""
         if old and content.count(old) != 1:
@@ -122,17 +125,21 @@ def data_of(run):
     return hashlib.sha256(repr(sorted(ShardFolder(data_dir).facts.items())).encode()).hexdigest()
 
 
+def launch(command, console):
+    """Run a program to its end, its output in the file `console`; return its exit code. Ctrl-C stops it, too."""
+    process = subprocess.Popen(command, stdout=console, stderr=console, stdin=subprocess.DEVNULL)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)  # a terminal has sent it one already: the two count as one
+        process.wait()
+        raise
+
+
 def start(code, flags, run):
     """Train in the folder of a run. Raises DoesNotTrain if it crashes or diverges, UserError if it ends otherwise."""
-    command = [sys.executable, code / "train_gpt2.py", *flags, "--log_dir", run]
     with open(run / "console.txt", "ab") as console:
-        process = subprocess.Popen(list(map(str, command)), stdout=console, stderr=console, stdin=subprocess.DEVNULL)
-        try:
-            ended = process.wait()  # its exit code
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)  # a terminal has sent it one, too: they count as one
-            process.wait()
-            raise
+        ended = launch([sys.executable, str(code / "train_gpt2.py"), *flags, "--log_dir", str(run)], console)
     if ended == 0:
         return
     printed = (run / "console.txt").read_text(encoding="utf-8", errors="replace")
@@ -179,7 +186,8 @@ def result_of(code, flags, run):
 def half_width(deviation, n, freedom):
     """Half of a 95% interval of a mean of n. Beyond the table, by the expansion of Fisher and Cornish."""
     z = statistics.NormalDist().inv_cdf(0.975)
-    t = T[freedom - 1] if freedom <= len(T) else z + (z**3 + z) / (4 * freedom)
+    beyond = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t = T[freedom - 1] if freedom <= len(T) else beyond
     return t * deviation / n**0.5
 
 

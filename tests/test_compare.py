@@ -1,0 +1,170 @@
+"""tools.compare: equal code gives exactly 0, a known effect its verdict, and nothing is trained twice."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ROOT, environment, run_warm, write_shards
+
+from lib.console import UserError
+from tools import compare
+
+FLAGS = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 512 --sequence_length 32 --total_batch_size 256 "
+    "--micro_batch_size 4 --max_steps 8 --warmup_steps 1 --checkpoint_every 3 --device cpu"
+)
+GELU = 'F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the approximation'
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The data and the runs of all tests, which have the unchanged side in common."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_shards(folder / "data", [700, 5000])
+    return folder
+
+
+@pytest.fixture
+def judged(shared, tmp_path, monkeypatch):
+    """A function that compares as the command line does, its runs in processes that start fast; `started` lists them.
+    Returns what --json has."""
+    monkeypatch.chdir(tmp_path)
+
+    def launch(command, console):
+        judged.started.append(command)
+        result = run_warm(command[1], *command[2:], folder=Path(command[1]).parent)
+        console.write(result.stdout.encode())
+        return result.returncode
+
+    def judged(*args, data=shared / "data"):
+        where = ["--both", f"{FLAGS} --data_dir {data}", "--folder", str(shared / "compare")]
+        compare.main([*where, "--json", "out.json", *args])
+        return json.loads(Path("out.json").read_text())
+
+    monkeypatch.setattr(compare, "launch", launch)
+    judged.started = []
+    return judged
+
+
+def write_diff(old, new):
+    path = Path("my.diff")
+    path.write_text(f"`train_gpt2.py`\n\n```diff\n-{old}\n+{new}\n```\nand some text\n")
+    return path
+
+
+def test_equal_code_gives_exactly_zero_and_more_seeds_train_only_those(judged, capsys):
+    diff = write_diff(f"        return self.c_proj({GELU}", f"        return self.c_proj({GELU} and nothing else")
+    found = judged("--diff", str(diff), "--seeds", "2")
+    assert found["differences"] == [0, 0] and found["low"] == found["high"] == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "verdict: no difference shown | val loss +0.0000 nats, 95% from +0.0000 to +0.0000, 2 pairs"
+    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
+    assert found["unchanged"][0] != found["unchanged"][1]
+    judged.started.clear()
+    assert judged("--diff", str(diff), "--seeds", "3")["differences"] == [0, 0, 0]
+    assert {command[-1][-6:] for command in judged.started} == {"seed_3"}
+
+
+def test_a_known_effect_is_called_by_its_name_with_its_costs(judged, capsys):
+    found = judged("--seeds", "2", "--", "--max_lr=0", "--n_layer=2")
+    assert found["verdict"] == "worse" and found["low"] > 0 and found["parameters"][0] > found["parameters"][1]
+    last = capsys.readouterr().out.splitlines()[-1]
+    numbers = r"val loss \+\d\.\d{4} nats, 95% from \+\d\.\d{4} to \+\d\.\d{4}, 2 pairs"
+    assert re.fullmatch(rf"verdict: worse \| {numbers}", last)
+
+
+def test_new_data_trains_again(judged, tmp_path):
+    found = []
+    for seed in (0, 1):
+        write_shards(tmp_path / "data", [700, 5000], seed=seed)
+        found.append(judged("--seeds", "2", data=tmp_path / "data")["unchanged"])
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (["--", "--max_lr=1e20"], "NaN or infinite in steps"),
+        ((f"        return self.c_proj({GELU}", "        return x @ x"), "RuntimeError"),
+    ],
+)
+def test_a_change_that_does_not_train_is_a_verdict(change, reason, judged, capsys):
+    args = change if isinstance(change, list) else ["--diff", str(write_diff(*change))]
+    found = judged("--seeds", "2", *args)
+    assert found["verdict"] == "does not train" and reason in found["reason"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("verdict: does not train | changed, seed 1: ") and reason in last
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--", "--max_lrr", "1"], "did you mean --max_lr?"),
+        (["--", "--total_batch_size", "100"], "not divisible"),
+        (["--", "--log-dir", "x"], "set by the comparison"),
+        (["--diff", "missing.diff"], "missing.diff"),
+        (["--code", "missing"], "missing"),
+        (["--", "--checkpoint_every=0"], "leave out --checkpoint_every 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error_not_a_verdict(args, message, judged, capsys):
+    with pytest.raises(SystemExit) as error:
+        judged("--seeds", "2", *args)
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and message in err and err.count("\n") == 1 and "verdict" not in out
+
+
+def test_diffs_of_git_and_of_a_page_are_applied_and_others_refused(tmp_path):
+    git = subprocess.run(["git", "--version"], capture_output=True)
+    assert git.returncode == 0
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.py").write_text("one = 1\n\ntwo = 2\nthree = 3\n" + "\n".join("abcdefgh") + "\nlast\n")
+    (tmp_path / "b" / "x.py").write_text("one = 1\n\ntwo = 4\nthree = 3\n" + "\n".join("abcdefgh") + "\nnew\nlast\n")
+    (tmp_path / "b" / "y.py").write_text("new = 1\n")
+    diff = subprocess.run(["git", "diff", "--no-index", "a", "b"], cwd=tmp_path, capture_output=True, text=True).stdout
+    diff = diff.replace("+++ b/b/", "+++ b/")
+    compare.apply_diff(diff, tmp_path / "a")
+    for name in ("x.py", "y.py"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    with pytest.raises(UserError, match="0 places in x.py"):
+        compare.apply_diff(diff, tmp_path / "a")
+    with pytest.raises(UserError, match="no diff"):
+        compare.apply_diff("some text\n", tmp_path / "a")
+
+
+def test_the_interval_is_students():
+    found = compare.judge([1.02, 2.01, 3.05, 4.02, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["difference"] == pytest.approx(0.02)
+    assert (found["low"], found["high"]) == pytest.approx((-0.003226, 0.043226), abs=1e-5)  # scipy.stats.ttest_1samp
+    assert found["verdict"] == "no difference shown" and found["unpaired_high"] > 2
+    assert compare.half_width(1, 1, 40) == pytest.approx(2.0211, abs=1e-3)
+    rng = np.random.default_rng(0)
+    different = 0
+    for _ in range(400):
+        seeds, a, b = rng.normal(size=(3, 5))
+        different += compare.judge((seeds + 0.1 * a).tolist(), (seeds + 0.1 * b).tolist())["verdict"][0] in "bw"
+    assert 5 <= different <= 35  # 5% of 400 are 20
+
+
+def test_an_interrupted_comparison_continues(tmp_path):
+    write_shards(tmp_path / "data", [700, 5000])
+    flags = f"{FLAGS} --data_dir data --max_steps 400 --checkpoint_every 100000 --log_every 1"
+    command = [sys.executable, ROOT / "tools" / "compare.py", "--seeds=2", "--both", flags, "--", "--max_lr=1e-3"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not any(b"step     5/" in path.read_bytes() for path in tmp_path.glob("compare/*/seed_1/console.txt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # to the parent alone: the run must not go on as an orphan
+    assert "the same command continues" in process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT
+    (run,) = tmp_path.glob("compare/*/seed_1")
+    assert "stopped by a signal" in (run / "console.txt").read_text() and list(run.glob("model_*.pt"))
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert "verdict: " in result.stdout and "resuming at step" in (run / "console.txt").read_text()
