@@ -55,7 +55,7 @@ def side_of(words, folder):
 
 
 def measure(seeds, jobs, folder):
-    """Train what is not known yet, seed by seed, and write RESULTS: lists by row, a result or a reason for each seed."""
+    """Train what is not known yet, seed by seed, and write RESULTS: of each row a list by seed."""
     sides = {name: side_of(words, folder) for name, words in {BASE: [], **ROWS}.items()}
 
     def run(job):
@@ -118,7 +118,7 @@ def write():
     shown = [(name, v) for name, v in rows.items() if "low" in v]
     figure = Figure((10, 1 + 0.35 * len(shown)), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for place, (name, v) in enumerate(shown):
+    for place, (_, v) in enumerate(shown):
         color = {"worse": "C3", "better": "C2"}.get(v["verdict"], "0.5")
         axes.plot(v["differences"], [place] * v["pairs"], ".", color=color, alpha=0.5)
         axes.errorbar(v["difference"], place, xerr=v["high"] - v["difference"], fmt="o", color=color, capsize=3)

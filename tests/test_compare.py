@@ -155,7 +155,7 @@ def test_the_interval_is_students():
 
 def test_an_interrupted_comparison_continues(tmp_path):
     write_shards(tmp_path / "data", [700, 5000])
-    flags = f"{FLAGS} --data_dir data --max_steps 400 --checkpoint_every 100000 --log_every 1"
+    flags = f"{FLAGS} --data_dir data --max_steps 60 --checkpoint_every 100000 --log_every 1"
     command = [sys.executable, ROOT / "tools" / "compare.py", "--seeds=2", "--both", flags, "--", "--max_lr=1e-3"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     while not any(b"step     5/" in path.read_bytes() for path in tmp_path.glob("compare/*/seed_1/console.txt")):
