@@ -13,6 +13,8 @@ After an interruption, even a kill -9, the same command resumes after the last f
 bytes. Files from the hub are fetched one ahead, verified, and deleted once they are tokenized.
 """
 
+import lib.start  # noqa: F401 - Ctrl-C during the imports below ends the program at once
+
 import argparse
 import multiprocessing
 import os
@@ -217,7 +219,8 @@ def build(
                     return manifest
                 return build_shards(out, wanted, manifest, more, paths, pool, workers)
     except BrokenProcessPool as error:
-        raise UserError(f"{error} If it left no message above, it may lack memory: give fewer --workers") from error
+        why = "see the message above; if there is none, it may lack memory: give fewer --workers"
+        raise UserError(f"a worker process ended: {why}") from error
 
 
 def build_missing(source, out):

@@ -13,10 +13,11 @@ HellaSwag: pick the most likely of four endings.
 Items are JSON objects, one per line, as in https://github.com/rowanz/hellaswag; FIELDS: what each style reads.
 """
 
+import lib.start  # noqa: F401 - Ctrl-C during the imports below ends the program at once
+
 import argparse
 import hashlib
 import json
-import os
 import re
 import urllib.request
 from http.client import HTTPException
@@ -27,9 +28,10 @@ import torch
 from torch.nn import functional as F
 
 from lib.console import UserError, run_as_command, say
+from lib.data.readers import records_of
 from lib.device import check_device, default_device, flash_attention
 from lib.distributed import sum_over_ranks
-from lib.files import atomic_write
+from lib.files import atomic_write, expand
 from lib.model.load import check_usable
 from lib.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
@@ -58,18 +60,14 @@ def fetch(split):
 
 
 def iterate_examples(split="val", path=None, style="completion"):
-    """Yield the items of a split, or of the .jsonl file `path`, as dicts with the fields that the style needs and their
-    label as an int. Raises UserError for a line without them; blank lines are skipped."""
+    """Yield the items of a split, or of a file (.jsonl, a JSON list, the hub's .parquet), as dicts with the fields that
+    the style needs and their label as an int. Raises UserError for an item without them; blank lines are skipped."""
     path = path or fetch(split)
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    for number, line in enumerate(records_of(path), start=1):
+        if line == b"":
             continue
         try:
-            item = json.loads(line.decode("utf-8-sig"))
+            item = json.loads(line) if isinstance(line, bytes) else line
             if item["label"] == "":
                 raise ValueError("an empty label, as in the test split, whose answers are secret: use another split")
             label, endings = int(str(item["label"])), item["endings"]  # the hub's own data set has "3"
@@ -79,9 +77,8 @@ def iterate_examples(split="val", path=None, style="completion"):
                 raise ValueError("a value that is not text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = f"a JSON object with {', '.join(FIELDS[style])}, label 0 to 3 and 4 endings"
-            start = line[:100].decode(errors="replace")
             raise UserError(
-                f"{path}, line {number}: --style {style} needs {wanted}, not {error!r:.200}: {start}"
+                f"{path}, line {number}: --style {style} needs {wanted}, not {error!r:.200}: {line!s:.100}"
             ) from None
         yield {**item, "label": label}
 
@@ -192,6 +189,7 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
 
     from train_gpt2 import load_model
 
+    path, json_path = path and expand(path), json_path and expand(json_path)
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}: it must be 1 or more")
     check_device(device)
@@ -202,16 +200,15 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
     model = load_model(model_name)
     check_usable(model_name, model)
     batches = make_batches(examples, max_length=model.config.block_size, style=style)
-    chosen = score(model.to(device), tqdm(batches, desc="HellaSwag", unit="batch"), device).argmin(dim=2).cpu()
-    chosen = chosen[torch.cat([places for places, *_ in batches]).argsort()]  # in the file's order
+    scores = score(model.to(device), tqdm(batches, desc="HellaSwag", unit="batch"), device).cpu()
+    chosen = scores.argmin(dim=2)[torch.cat([places for places, *_ in batches]).argsort()]  # in the file's order
     n, labels = len(examples), torch.tensor([example["label"] for example in examples])
     acc, acc_norm = (chosen == labels[:, None]).double().mean(dim=0).tolist()
     stderr, norm_stderr = ((p * (1 - p) / max(1, n - 1)) ** 0.5 for p in (acc, acc_norm))
-    try:  # not say(), which gets over a full disk
-        print(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
-        print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}", flush=True)
-    except OSError as error:
-        raise UserError(f"cannot print the scores: {error}") from None
+    if not scores.isfinite().all():
+        raise UserError(f"{model_name} gives NaN or infinite losses: use a checkpoint from before the run diverged")
+    say(f"{style} style, standard errors: acc {stderr:.4f} acc_norm {norm_stderr:.4f}")
+    say(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}")
     if json_path:
         by_sum, by_norm = chosen.T.tolist()
         facts = dict(model=str(model_name), style=style, n=n, acc=acc, acc_stderr=stderr, acc_norm=acc_norm,
@@ -225,14 +222,13 @@ def run(model_name, device, path, limit, style="completion", json_path=None):
 
 def main():
     parser = argparse.ArgumentParser(description="Score a model on HellaSwag", allow_abbrev=False)
-    path = os.path.expanduser
-    parser.add_argument("-m", "--model", type=path, default="gpt2", help="OpenAI name, checkpoint or exported folder")
+    parser.add_argument("-m", "--model", default="gpt2", help="OpenAI name, checkpoint or exported folder")
     parser.add_argument("-d", "--device", default=default_device(), help="cuda, mps, cpu")
-    parser.add_argument("--data", type=path, help="a .jsonl of items (default: the validation set, downloaded)")
+    parser.add_argument("--data", help="a file of items (default: the validation set, downloaded)")
     parser.add_argument("--limit", type=int, help="score only the first N items")
     parser.add_argument("--style", choices=FIELDS, default="completion", help="default: %(default)s")
-    parser.add_argument("--json", type=path, help="write the scores and each item's choices to this file")
-    run_as_command(run, *vars(parser.parse_args()).values())
+    parser.add_argument("--json", help="write the scores and each item's choices to this file")
+    run_as_command(run, *vars(parser.parse_args()).values(), must_print=True)
 
 
 if __name__ == "__main__":

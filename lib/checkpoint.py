@@ -15,6 +15,7 @@ import torch
 
 from lib.console import UserError, say
 from lib.files import atomic_write, list_folder
+from lib.foreign import recognize
 
 NAME = re.compile(r"model_(\d{5,})\.pt")  # with the step; files of other names are left alone
 COMMENT_LENGTH = struct.pack("<H", 64)  # of a hexadecimal sha256; a zip archive's last field
@@ -91,10 +92,11 @@ def load_checkpoint(path, mmap=False):
             file.seek(max(0, left))
             end = file.read()
             if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
-                raise UserError(
-                    f"{path} is truncated, or was not written by this trainer: restore it, or, if another program "
-                    f"wrote it, import it with python -m tools.import_model {shlex.quote(str(path))} FOLDER"
+                remedy = (
+                    ": restore it, or, if another program wrote it, import it with python -m tools.import_model "
+                    f"{shlex.quote(str(path))} FOLDER"
                 )
+                raise UserError(f"{path} is truncated, or was not written by this trainer{recognize(path) or remedy}")
             file.seek(0)
             digest = hashlib.sha256()
             while left:

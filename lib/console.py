@@ -2,6 +2,8 @@
 Console output that survives a closed pipe, user errors, and exit codes.
 """
 
+from lib.start import die_of_interrupts, is_program
+
 import contextlib
 import os
 import signal
@@ -25,17 +27,22 @@ class Interrupted(Stopped, KeyboardInterrupt):
     """The same for Ctrl-C, for which Python has its own exception."""
 
 
+lost = []  # why lines could not be printed
+
+
 def say(message, stream=None):
     """Print a line and flush. If the console is gone (a closed pipe, a full disk), output goes to /dev/null."""
     stream = stream or sys.stdout
     if stream is None:  # python train_gpt2.py >&-
+        lost.append("it is closed")
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"  # not every terminal can print what a model writes
     text = str(message).encode(encoding, "backslashreplace").decode(encoding)
     try:
         stream.write(text + "\n")  # in one write: lines of several processes do not mix
         stream.flush()
-    except OSError:
+    except OSError as error:
+        lost.append(error)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
 
@@ -59,8 +66,9 @@ def report(error):
     return 2 if known else 1
 
 
-def run_as_command(run, *args, interrupted=""):
-    """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback.
+def run_as_command(run, *args, interrupted="", must_print=False):
+    """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback. must_print:
+    a line that cannot be printed is an error, too, since what the program prints is all that it gives.
 
     A program stopped by a signal dies of that signal, or a shell loop would start the next run. Under torchrun it exits
     with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137. interrupted: the message after
@@ -68,8 +76,14 @@ def run_as_command(run, *args, interrupted=""):
     """
     is_rank = "TORCHELASTIC_RUN_ID" in os.environ
     code = number = 0
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         result = run(*args)
+        if is_program():
+            die_of_interrupts()  # Python's own shutdown would swallow one
+        if must_print and lost:
+            raise UserError(f"cannot write to standard output: {lost[0]}")
     except Stopped as error:
         number = error.number
     except KeyboardInterrupt:

@@ -26,12 +26,12 @@ def torchrun_ranks():
     given = [name for name in NAMES if os.environ.get(name)]
     if not {"RANK", "LOCAL_RANK"} & set(given) and os.environ.get("WORLD_SIZE") in (None, "", "1"):
         return 0, 0, 0
-    if missing := [name for name in NAMES if name not in given]:
-        raise UserError(
-            f"{', '.join(given)} are set, but not {', '.join(missing)}: start with torchrun, set all of them, or unset "
-            "them"
-        )
-    return tuple(int(os.environ[name]) for name in NAMES[:3])
+    values = {name: os.environ.get(name, "") for name in NAMES}
+    missing = [name for name in NAMES if not values[name]]
+    numbers = [int(values[name]) if values[name].isdecimal() else -1 for name in NAMES[:3]]
+    if missing or min(numbers) < 0 or numbers[0] >= numbers[2]:
+        raise UserError(f"the environment names no rank: {values}. Start with torchrun, set all of these, or none")
+    return tuple(numbers)
 
 
 def store_of_this_start(store, rank, world_size, timeout):

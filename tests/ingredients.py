@@ -69,7 +69,9 @@ def measure(seeds, jobs, folder):
             say(f"{name}, seed {seed}: {error}")
 
     found = {name: [] for name in sides}
-    work = [(seed, name) for seed in range(1, seeds + 1) for name in sides]
+    work = [(seed, BASE) for seed in range(1, seeds + 1)] + [
+        (seed, name) for seed in range(1, seeds + 1) for name in ROWS
+    ]
     with ThreadPool(jobs) as pool:
         for (seed, name), result in zip(work, pool.imap(run, work), strict=True):
             found[name].append(result)

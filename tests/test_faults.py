@@ -33,6 +33,7 @@ from support import (
     disk,
     environment,
     flags_of,
+    losses,
     ranks_of,
     read_log,
     read_until,
@@ -248,6 +249,23 @@ def test_records_wait_for_a_disk_that_takes_a_part_of_them(small, log_dir, undis
     assert seen[0] == seen[1] and out.count("CANNOT BE WRITTEN, its records wait") == 1
     assert "model_00004.pt COULD NOT BE SAVED" in out
     assert_same_run(undisturbed, log_dir, 12)
+
+
+def test_a_log_that_another_program_moves_replaces_or_truncates_is_noticed(small, log_dir, monkeypatch, capsys):
+    log = log_dir / "log.txt"
+    actions = {
+        2: lambda: log.rename(log_dir / "log.txt.1"),  # as logrotate does
+        4: lambda: log.unlink(),
+        6: lambda: (log_dir / "new").write_text("") or os.replace(log_dir / "new", log),  # as sed -i
+        8: lambda: os.truncate(log, 0),  # as logrotate with copytruncate
+    }
+    for step, action in actions.items():
+        at_step(monkeypatch, {step}, action)
+    main(small())
+    out = capsys.readouterr().out
+    assert out.count("was moved, removed or replaced: writing a new one") == 3 and out.count("was truncated") == 1
+    assert min(losses(log_dir, "train")) == 8 and max(losses(log_dir, "train")) == 11
+    assert "0 train" in (log_dir / "log.txt.1").read_text()
 
 
 def test_a_disk_that_is_full_for_a_while_changes_nothing(small, log_dir, undisturbed, monkeypatch, capsys):
@@ -643,7 +661,7 @@ def test_a_signal_during_the_last_samples_ends_a_loop_around_the_run(small, log_
     assert (log_dir / "model_00001.pt").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT, signal.SIGRTMAX])
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_the_exit_code_tells_the_signal(number, torchrun, small, log_dir, undisturbed, monkeypatch, capsys):
     with monkeypatch.context() as patch:

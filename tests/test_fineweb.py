@@ -642,7 +642,7 @@ def test_a_separator_may_be_typed_in_a_shell(typed, meant, tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_separator_that_never_occurs_is_an_error(name, tmp_path):
     (tmp_path / name).write_text('{"text": "one story"}\n')
-    with pytest.raises(UserError, match="never occurs between two texts"):
+    with pytest.raises(UserError, match="never occurs in a .txt"):
         fineweb.build(str(tmp_path / name), tmp_path / "out", workers=1, split_on="|endoftext|>")
     assert not (tmp_path / "out").exists()
 

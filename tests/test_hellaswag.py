@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import pyarrow.parquet
 import pytest
 import torch
 from support import command_of, environment, make_items, run, run_warm, write_items, write_shards
@@ -90,6 +91,18 @@ def test_acc_and_acc_norm_can_disagree():
     for label, expected in ((0, [1, 0, 1]), (1, [0, 1, 1])):
         batches = hellaswag.make_batches([{**item, "label": label}])
         assert hellaswag.evaluate(Unigram(), batches, torch.device("cpu")).tolist() == expected
+
+
+def test_items_come_in_the_forms_in_which_people_have_them(tmp_path):
+    items = make_items(5)
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    forms = {"lines": lines, "crlf": lines.replace("\n", "\r\n\r\n"), "list": json.dumps(items, indent=1)}
+    for name, text in forms.items():
+        (tmp_path / name).write_text("\ufeff" + text, newline="")
+    rows = [{**item, "label": str(item["label"])} for item in items]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "parquet")
+    for name in (*forms, "parquet"):
+        assert list(hellaswag.iterate_examples(path=tmp_path / name)) == items
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -292,7 +305,7 @@ def test_scores_that_cannot_be_printed_are_an_error(checkpoint, tmp_path):
     command = command_of("hellaswag.py", "-m", checkpoint, "-d", "cpu", "--data", tmp_path / "items.jsonl")
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
-    assert result.returncode and "cannot print the scores: [Errno 28]" in result.stderr, result.stderr
+    assert result.returncode and "cannot write to standard output: [Errno 28]" in result.stderr, result.stderr
 
 
 def test_what_the_user_can_put_right_is_said_without_a_traceback(checkpoint, tmp_path, monkeypatch, capsys):

@@ -111,11 +111,17 @@ def test_a_world_size_without_torchrun_is_one_rank(size, tiny, tmp_path):
     assert result.returncode == 0 and list(losses(tmp_path / "log", "train")) == [0], result.stdout
 
 
-@pytest.mark.parametrize("names", [["RANK"], ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"], ["LOCAL_RANK"]])
-def test_an_environment_of_ranks_that_is_set_in_part_is_refused_by_name(names, tiny, monkeypatch):
-    for name in names:
-        monkeypatch.setenv(name, "1")
-    with pytest.raises(UserError, match=f"^{', '.join(names)} are set, but not .*start with torchrun"):
+WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {**WHOLE, "LOCAL_RANK": ""}, {**WHOLE, "RANK": "a"}, {**WHOLE, "RANK": "2"}],
+)
+def test_an_environment_of_ranks_that_is_set_in_part_or_wrong_is_refused_by_name(values, tiny, monkeypatch):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the environment names no rank: .*'RANK': .*Start with torchrun"):
         main(tiny())
 
 

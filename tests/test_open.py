@@ -1,5 +1,6 @@
 """What a person's own changes meet: other optimizers, other configs, other records, other code, loops around runs."""
 
+import itertools
 import os
 import re
 import shutil
@@ -304,3 +305,14 @@ def test_the_rooms_of_lib_import_downwards_only():
             assert name.startswith("lib."), f"{path} imports {name}"
             target = name.split(".")[1]
             assert target not in ("data", "run", "model") or target == room, f"{path} imports {name}"
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    for script in (["train_gpt2.py"], ["-m", "tools.sample", "model"]):
+        command = [sys.executable, "-X", "importtime", *script]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        lines = itertools.takewhile(lambda line: "torch.storage" not in line, process.stderr)
+        assert any("lib.start" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGINT and "Traceback" not in err

@@ -10,6 +10,7 @@ import safetensors.torch  # noqa: F401 - before a test becomes another user, who
 from matplotlib.figure import Figure  # noqa: F401
 from support import losses, run_warm, write_shards
 
+import fineweb
 import train_gpt2
 from lib.console import UserError
 from tools import plot, sample
@@ -157,3 +158,32 @@ def test_the_sync_of_a_file_stays_strict(tiny, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="could not be saved"):
         main(tiny(max_steps=1))
+
+
+FOREIGN = {  # a file by name and content, where it is given, what the message says of it
+    "train.bin": (bytes(64), "data", "nanoGPT's tokens"),
+    "x_text_document.idx": (b"MMIDIDX\0\0", "data", "Megatron's tokens"),
+    "data-00000-of-00001.arrow": (b"\xff\xff\xff\xff", "source", "load_from_disk"),
+    "x_train_000001.bin": ((20240801).to_bytes(4, "little") + bytes(1020), "data", "Llama 3's tokens"),
+    "model.gguf": (b"GGUF\3", "model", "llama.cpp's format"),
+    "tf_model.h5": (b"\x89HDF\r\n", "model", "from_tf"),
+    "flax_model.msgpack": (b"\x80", "model", "from_flax"),
+    "adapter_config.json": (b"{}", "model", "LoRA"),
+    "model.safetensors.index.json": (b"{}", "file", "give their folder"),
+    "pytorch_model.bin": (b"version https://git-lfs.github.com/spec/v1\n", "model", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_programs_are_recognized(name, tiny, tmp_path):
+    content, where, message = FOREIGN[name]
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        if where == "data":
+            main(tiny(data_dir=str(folder)))
+        elif where == "source":
+            fineweb.build(str(folder), tmp_path / "out")
+        else:
+            load_model(str(folder / name if where == "file" else folder))

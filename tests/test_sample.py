@@ -209,12 +209,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, tiny, tmp_p
     contents = torch.load(checkpoint)
     contents["model"]["transformer.h.1.ln_2.bias"][0] = float("inf")
     write_checkpoint(tmp_path / "model_00003.pt", contents)
-    with pytest.raises(UserError, match=r"model_00003.pt: transformer.h.1.ln_2.bias has NaN or infinite values"):
+    with pytest.raises(UserError, match=r"model_00003.pt: NaN or infinite values in transformer.h.1.ln_2.bias"):
         sample.print_samples(arguments(str(tmp_path / "model_00003.pt")))
     write_items(tmp_path / "items.jsonl", 2)
-    with pytest.raises(UserError, match="transformer.h.1.ln_2.bias has NaN or infinite values"):
+    with pytest.raises(UserError, match="NaN or infinite values in transformer.h.1.ln_2.bias"):
         hellaswag.run(tmp_path / "model_00003.pt", "cpu", tmp_path / "items.jsonl", None)
-    with pytest.raises(UserError, match="transformer.h.1.ln_2.bias has NaN or infinite values"):
+    with pytest.raises(UserError, match="NaN or infinite values in transformer.h.1.ln_2.bias"):
         train_gpt2.main(tiny(init_from=str(tmp_path / "model_00003.pt"), sequence_length=16))
 
 

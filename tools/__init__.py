@@ -1,0 +1,1 @@
+import lib.start  # noqa: F401 - Ctrl-C while a tool imports torch ends it at once

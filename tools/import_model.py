@@ -35,6 +35,8 @@ class Config:
 
 def read_file(path):
     """(weights, config, others) of a file: tensors by its own names, the model's config, and all else that it has."""
+    if path.is_dir() or ".index." in path.name:
+        raise UserError(f"{path} needs no import, if it is Hugging Face's: give its folder where a model is expected")
     classes = []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # not torch's format of today: read() says more
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))

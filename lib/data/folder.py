@@ -8,6 +8,7 @@ from lib.console import UserError, print0
 from lib.data.manifest import read_manifest
 from lib.data.shards import SPLITS, Shard, open_file, split_of
 from lib.files import expand, list_folder
+from lib.foreign import recognize
 
 
 def find_shards(data_root, splits=SPLITS, optional=()):
@@ -17,10 +18,12 @@ def find_shards(data_root, splits=SPLITS, optional=()):
     names = {split: [name for name in paths if split_of(name) == split] for split in splits}
     for split in splits:
         if not names[split] and split not in optional:
-            raise UserError(
-                f"no *_{split}_*.npy shards in {data_root}/, nor .bin: run python fineweb.py --out {data_root} (28 GB "
-                "of FineWeb-Edu, or your own text with --source), or try python train_gpt2.py --preset demo"
+            other = recognize(data_root)
+            remedy = (
+                f": run python fineweb.py --out {data_root} (28 GB of FineWeb-Edu, or your own text with --source), or "
+                "try python train_gpt2.py --preset demo"
             )
+            raise UserError(f"no *_{split}_*.npy shards in {data_root}/, nor *_{split}_*.bin{other or remedy}")
     if hidden := sum(name.startswith(".") and split_of(name.lstrip("._")) is not None for name in paths):
         print0(f"{data_root}/: {hidden:,} hidden files skipped, though named like shards")
     manifest = read_manifest(data_root)

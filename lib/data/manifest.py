@@ -39,7 +39,7 @@ def find_manifest(out, wanted, files=None, verify=False):
             raise UserError(f"{out} already holds shards of unknown origin: choose another --out or delete it")
         return None
     found = {key: manifest.get(key) for key in wanted if manifest.get(key) != wanted[key]}
-    if list(found) == ["revision"] and files and files != manifest["files"]:
+    if "revision" in found and "source" not in found and files and files != manifest["files"]:
         old, new = ({tuple(file.items()) for file in of} for of in (manifest["files"], files))
         names = sorted({dict(file)["file"] for file in old ^ new})
         raise UserError(

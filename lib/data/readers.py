@@ -9,9 +9,11 @@ import io
 import itertools
 import json
 import re
+from pathlib import Path
 
 from lib.console import UserError, say
 from lib.data.demo import demo_documents
+from lib.foreign import recognize
 from lib.tokenizer import pieces
 
 SUFFIX = re.compile(r"\.(parquet|(jsonl?|txt)(\.gz|\.zst)?)\Z", re.I)
@@ -73,11 +75,16 @@ def line_documents(path, column, row):
             yield record.get(column)
 
 
+def read_text(path):
+    """The bytes of a .txt, without a byte order mark, and with \\n at the ends of lines."""
+    with open_text(path) as file:
+        return file.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+
+
 def text_documents(path, split_on):
     """The documents of a .txt, a single one unless split_on is given, without the newlines around a separator. A long
     one comes in pieces, which are tokenized in parallel."""
-    with open_text(path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # a byte order mark is no text
+    content = read_text(path)
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-LFS pointer to the text: run git lfs pull in its folder first")
     if content.count(b"\0") > len(content) // 100:  # much of UTF-16 is valid UTF-8
@@ -117,29 +124,45 @@ def documents_of(path, column="text", row=0, split_on=None):
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def inspect(path, column, split_on):
-    """Read a file without tokenizing it; returns (how many documents with text it has, why it cannot be used or "")."""
-    texts = (text for text in documents_of(path, column, 0, split_on) if text and not isinstance(text, More))
-    if format_of(path.name) == "parquet":  # it may be large: one document is enough
-        texts = itertools.islice(texts, 1)
+def records_of(path):
+    """The rows of a .parquet or the items of a JSON list, as dicts, or else the lines of a text."""
     try:
-        return sum(1 for _ in texts), ""
+        content = Path(path).read_bytes()
+        if content.startswith(b"PAR1"):
+            from pyarrow import BufferReader, parquet
+
+            return parquet.read_table(BufferReader(content)).to_pylist()
+        content = content.removeprefix(b"\xef\xbb\xbf")
+        return json.loads(content) if content.lstrip().startswith(b"[") else map(bytes.strip, content.split(b"\n"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def inspect(path, column, split_on):
+    """Read a file without tokenizing it; returns (whether it has text, whether the separator occurs in it, why it
+    cannot be used or "")."""
+    texts = (bool(text) for text in documents_of(path, column, 0, split_on))
+    try:
+        # a .parquet may be large: one document is enough
+        has_text = any(texts) if format_of(path.name) == "parquet" else sum(texts) > 0
+        return has_text, format_of(path.name) == "txt" and split_on.encode() in read_text(path), ""
     except UserError as error:
-        return 0, str(error)
+        return False, False, str(error)
 
 
 def check_texts(paths, column, split_on, pool):
     """Read all local files before anything is built. Raises UserError that names all that cannot be used, or if there
     is no text, or the separator never occurs."""
     how = map(itertools.repeat, (column, split_on or MARK))
-    counts, faults = zip(*pool.map(inspect, paths, *how, chunksize=1 + len(paths) // 256), strict=True)
+    found = pool.map(inspect, paths, *how, chunksize=1 + len(paths) // 256)
+    have_text, have_separator, faults = zip(*found, strict=True)
     if faults := [fault for fault in faults if fault]:
         shown = "\n  ".join(faults[:20] + ["..."] * (len(faults) > 20))
         raise UserError(f"{len(faults):,} of {len(paths):,} files cannot be used:\n  {shown}")
-    if not any(counts):
-        raise UserError(f'no file has text, or none has it in "{column}": choose another --text_column')
-    split = any(count > 1 for path, count in zip(paths, counts, strict=True) if format_of(path.name) == "txt")
-    if split_on and not split:
-        raise UserError(f"--split_on {split_on!r} never occurs between two texts of a .txt: check its spelling")
-    if split and not split_on:
+    if not any(have_text):
+        other = recognize(paths[0].parent)
+        raise UserError(f'no file has text, or none has it in "{column}": choose another --text_column{other}')
+    if split_on and not any(have_separator):
+        raise UserError(f"--split_on {split_on!r} never occurs in a .txt: check its spelling")
+    if any(have_separator) and not split_on:
         say(f'{MARK} occurs in a .txt and is kept as text: with --split_on "{MARK}" a document ends there')

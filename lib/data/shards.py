@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.console import UserError
+from lib.foreign import recognize
 
 SPLITS = ("train", "val")
 # llm.c stores small data sets as one .bin per split, without a number; macOS adds a ._NAME for each file of an archive
@@ -58,7 +59,8 @@ class Shard(NamedTuple):
                 starts = [max(0, length - 256) * i // 15 for i in range(16)]
                 sample = b"".join(os.pread(file.fileno(), 512, offset + 2 * start) for start in starts)
         except ValueError as error:
-            raise UserError(f"{path} is not a complete token shard: {error}. Fetch or build it again") from None
+            remedy = recognize(path) or ". Fetch or build it again"
+            raise UserError(f"{path} is not a complete token shard: {error}{remedy}") from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}. Restore it, or build it again") from None
         return cls(str(path), offset, length, hashlib.sha256(sample).hexdigest()[:16])

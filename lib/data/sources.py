@@ -16,6 +16,7 @@ from lib.data import hub
 from lib.data.readers import FORMATS, format_of
 from lib.data.shards import FINEWEB_EDU
 from lib.files import expand, why_missing
+from lib.foreign import recognize
 
 DOWNLOADS = ".fineweb_download"  # in the folder of the shards; ours alone: deleted after the build
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # pinned, since data sets on the hub change
@@ -79,7 +80,7 @@ def find_files(root):
         raise UserError(f"cannot read {error.filename}: {error.strerror}. Fix that, or move it elsewhere") from None
     others = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "nothing"
     if not found:
-        raise UserError(f"{root} holds no file that ends in {FORMATS}; left out: {others}")
+        raise UserError(f"{root} holds no file that ends in {FORMATS}; left out: {others}{recognize(root)}")
     say(f"{root}: {sum(f['size'] for f in files):,} bytes of text (files: {len(files):,}); left out: {others}")
     files.sort(key=lambda file: hashlib.sha256(os.fsencode(file["file"])).digest())
     return {"source": str(root.resolve()), "revision": hashlib.sha256(repr(samples).encode()).hexdigest()}, files
@@ -88,6 +89,8 @@ def find_files(root):
 def find_source(source, name=None, split="train", text_column="text", revision=None, split_on=None):
     """Return (what the manifest says of the source, its files [{"file", "size", ...}]), without using the network: the
     files of a data set of the hub are None."""
+    if split_on == "":
+        raise UserError("--split_on is empty: give the text that separates two documents, or omit it")
     for typed, meant in {r"\n": "\n", r"\t": "\t", r"\r": "\r", "\r\n": "\n"}.items():  # as a shell passes '\n'
         split_on = split_on and split_on.replace(typed, meant)
     missing = source != "demo" and why_missing(expand(source))

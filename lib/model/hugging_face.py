@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from lib.console import UserError, say
+from lib.files import list_folder
+from lib.foreign import recognize
 from lib.tokenizer import EOT
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -36,7 +38,8 @@ def read(path):
     except Exception as error:  # whatever a damaged file raises in torch or safetensors
         # of torch's unpickler only the reason, not how to switch its protection off
         reason = str(error).rpartition("WeightsUnpickler error:")[2].split("Please use")[0].split("Check the doc")[0]
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {' '.join(reason.split())}") from None
+        reason = f"{type(error).__name__}: {' '.join(reason.split())}"
+        raise UserError(f"cannot read {path}: {reason}{recognize(path)}") from None
 
 
 def named_as_ours(weights, path):
@@ -66,10 +69,13 @@ def read_config(path):
 
 def check_tokenizer(folder):
     """Raise UserError if the tokenizer beside the weights is not GPT-2's: their ids would mean other tokens."""
+    for path in [path for path in list_folder(folder) if path.suffix == ".model" or path.name == "vocab.txt"]:
+        raise UserError(f"{path} is another model's tokenizer, and this code has only GPT-2's: use other weights")
     for path in [folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).exists()]:
         theirs = read(path)
         if path.name == "tokenizer.json":
-            theirs = {"<|endoftext|>": EOT, **dict(theirs.get("model", {}).get("vocab", {}))}
+            vocabulary = (theirs.get("model") or {}).get("vocab")
+            theirs = {"<|endoftext|>": EOT, **(vocabulary if isinstance(vocabulary, dict) else {})}
         texts = sorted((text for text, id in theirs.items() if id <= EOT), key=theirs.get)  # others were added
         if hashlib.sha256("\n".join(texts).encode()).hexdigest() != VOCABULARY:
             raise UserError(f"{path} is not GPT-2's tokenizer, the only one that this code has: use other weights")
@@ -81,7 +87,7 @@ def read_folder(name):
     folder = Path(name)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise UserError(f"cannot load {name}/ as a GPT-2 of config.json and model.safetensors: it has no weights")
+        raise UserError(f"{name}/ has no config.json with model.safetensors or pytorch_model.bin{recognize(folder)}")
     weights = {name: weight for path in files for name, weight in read(path).items()}
     check_tokenizer(folder)
     return read_config(folder / "config.json"), named_as_ours(weights, folder)

@@ -125,7 +125,7 @@ def check_usable(name, model, block_size=1, vocab_size=VOCAB_SIZE):
     model.train()
     for part, tensor in {**model.state_dict(), "logits": logits}.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name}: {part} has NaN or infinite values: use a checkpoint from before the run diverged")
+            raise UserError(f"{name}: NaN or infinite values in {part}: use a checkpoint from before the run diverged")
 
 
 def read_model(name, model_class):

@@ -71,6 +71,7 @@ class Log:
         self.file = None
         self.waiting = b""
         self.failing = False
+        self.end = 0  # of the file, when it was written
         rewind_log(path, step)
 
     def record(self, step, values):
@@ -87,7 +88,7 @@ class Log:
                     return
             say(f"warning: {self.path} was moved, removed or replaced: writing a new one")
             self.file.close()
-            self.file = None
+            self.file, self.end = None, 0
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def flush(self, sync=False):
@@ -95,6 +96,9 @@ class Log:
         try:
             self.open()
             end = self.file.seek(0, os.SEEK_END)
+            if end < self.end:
+                say(f"warning: {self.path} was truncated: {self.end - end:,} bytes of records are lost")
+            self.end = end + len(self.waiting)
             try:
                 if self.file.write(self.waiting) < len(self.waiting):
                     raise OSError("only part of a record was written")

@@ -96,9 +96,11 @@ class Run:
                 file.write(json.dumps(self.settings, indent=1, default=str).encode() + b"\n")
         except OSError as error:
             say(f"warning: {path}/config.json cannot be written: {error}")
-        needed = 12 * sum(p.numel() for p in self.parts["model"].parameters())  # weights and two moments in float32
-        if (free := shutil.disk_usage(path).free) < needed:
-            say(f"WARNING: {path}/ has {free / 1e9:.2f} GB free, a checkpoint takes {needed / 1e9:.2f}: make room")
+        size = 12 * sum(p.numel() for p in self.parts["model"].parameters())  # weights and two moments in float32
+        if (free := shutil.disk_usage(path).free) < 2 * size:  # the one before is removed when the next is complete
+            say(
+                f"WARNING: {path}/ has {free / 1e6:,.0f} MB free, two checkpoints take {2 * size / 1e6:,.0f}: make room"
+            )
         self.log = Log(path / "log.txt", self.step)
         self.samples = Log(path / "samples.txt", self.step)
         self.tracker = Tracker(self.settings.get("tracker"), path, self.step, self.settings)

@@ -13,26 +13,19 @@ import torch
 from lib.console import UserError
 from lib.distributed import group_device, sum_over_ranks
 
+OTHERS = (  # cannot be caught, end no program, or are of faults in code
+    "SIGKILL", "SIGSTOP", "SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGINFO",
+    "SIGPIPE", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL",
+)  # fmt: skip
 RUNNING = threading.Lock()  # held by the run of this process
 
 
 def stop_signals():
-    """The signals that end a program unless it handles them; none in a thread, where Python delivers no signals."""
+    """The signals that end a program unless it handles them, but for those of a fault in its code; none in a thread,
+    where Python delivers no signals."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    names = [
-        "SIGTERM",
-        "SIGINT",
-        "SIGHUP",
-        "SIGUSR1",
-        "SIGUSR2",
-        "SIGXCPU",
-        "SIGALRM",
-        "SIGVTALRM",
-        "SIGPROF",
-        "SIGPWR",
-    ]
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in signal.valid_signals() if getattr(number, "name", "") not in OTHERS]
 
 
 @contextlib.contextmanager
@@ -41,11 +34,13 @@ def one_run():
     the two would draw from the same random states."""
     if not RUNNING.acquire(blocking=False):
         raise UserError("another run is in progress in this process: wait for it, or start a process for each")
-    before = {number: signal.getsignal(number) for number in stop_signals()}
+    before, dtype = {number: signal.getsignal(number) for number in stop_signals()}, torch.get_default_dtype()
     try:
-        with torch.enable_grad():  # a notebook may have switched gradients off
+        torch.set_default_dtype(torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():  # a notebook may have switched gradients off
             yield
     finally:
+        torch.set_default_dtype(dtype)
         for number, handler in before.items():
             if handler is not None:  # not one of a C library
                 signal.signal(number, handler)

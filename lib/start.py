@@ -1,0 +1,25 @@
+"""
+Imported first by each program: Ctrl-C while it imports torch ends it at once, without a traceback.
+
+lib.console.run_as_command handles Ctrl-C from then on.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+
+def is_program():
+    """Whether this process is one of our programs, and not another one that imports it."""
+    names = ("-m", "train_gpt2.py", "fineweb.py", "hellaswag.py")  # -m: python -m tools.NAME, while it looks for NAME
+    return bool(sys.argv) and Path(sys.argv[0]).name in names
+
+
+def die_of_interrupts():
+    """Until Ctrl-C is handled, and after: the system's own way to end a program."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if is_program():
+    die_of_interrupts()
