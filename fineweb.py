@@ -204,6 +204,7 @@ def build(
     except OSError as error:
         for worker in set(multiprocessing.active_children()) - set(others):
             worker.terminate()
+            worker.join()
         limits = "check ulimit -u, and that /dev/shm, which has their locks, is writable"
         raise UserError(f"cannot start {workers} worker processes: {error}; {limits}") from error
     try:

@@ -23,7 +23,7 @@ def find_shards(data_root, splits=SPLITS, optional=()):
                 f": run python fineweb.py --out {data_root} (28 GB of FineWeb-Edu, or your own text with --source), or "
                 "try python train_gpt2.py --preset demo"
             )
-            raise UserError(f"no *_{split}_*.npy shards in {data_root}/, nor *_{split}_*.bin{other or remedy}")
+            raise UserError(f"no *_{split}_*.npy shards in {data_root}/, nor .bin{other or remedy}")
     if hidden := sum(name.startswith(".") and split_of(name.lstrip("._")) is not None for name in paths):
         print0(f"{data_root}/: {hidden:,} hidden files skipped, though named like shards")
     manifest = read_manifest(data_root)

@@ -87,7 +87,8 @@ def read_folder(name):
     folder = Path(name)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise UserError(f"{name}/ has no config.json with model.safetensors or pytorch_model.bin{recognize(folder)}")
+        wanted = "config.json and model.safetensors or pytorch_model.bin"
+        raise UserError(f"cannot load {name}/ as a GPT-2 of {wanted}: it has no weights{recognize(folder)}")
     weights = {name: weight for path in files for name, weight in read(path).items()}
     check_tokenizer(folder)
     return read_config(folder / "config.json"), named_as_ours(weights, folder)
