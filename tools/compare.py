@@ -346,9 +346,9 @@ def main(argv=None):
     args = parser.parse_args(own)
     if args.seeds < 2:
         parser.error("--seeds must be 2 or more: a single pair has no interval")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the run that is in progress, too
     return run_as_command(compare, args, only, interrupted="interrupted: the same command continues")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stops the run in progress, too
     main()
