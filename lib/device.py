@@ -11,11 +11,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.console import UserError, say
 
-# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, keyed by a part of the device's name
+# dense 16-bit matrix products with 32-bit sums by datasheet, TFLOP/s, keyed by a part of the device's name, the longer
+# one first; a GeForce from the 30 series on does twice its float32
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125,
-    "RTX A6000": 155, "RTX 6000 Ada": 364, "RTX 4090": 165, "RTX 3090 Ti": 80, "RTX 3090": 71, "V100": 125, "T4": 65,
+    "RTX A6000": 155, "RTX 6000 Ada": 364, "V100": 125, "T4": 65,
+    "RTX 5090": 209, "RTX 5080": 113, "RTX 5070 Ti": 88, "RTX 5070": 62,
+    "RTX 4090": 165, "RTX 4080 SUPER": 104, "RTX 4080": 97, "RTX 4070 Ti SUPER": 88, "RTX 4070 Ti": 80,
+    "RTX 4070 SUPER": 71, "RTX 4070": 58, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68, "RTX 3080": 60,
+    "RTX 3070": 41, "RTX 3060 Ti": 32, "RTX 3060": 25,
 }  # fmt: skip
 
 

@@ -95,4 +95,4 @@ def main(c):
 
 
 if __name__ == "__main__":
-    run_as_command(main, parse_args(PlanConfig, PRESETS, __doc__.strip().split("\n")[0], sys.argv[1:]))
+    run_as_command(main, parse_args(PlanConfig, PRESETS, "What a run needs, computed before it starts", sys.argv[1:]))
