@@ -101,6 +101,7 @@ def compile_model(model, wanted, device):
     if not (device.type == "cuda" if wanted is None else wanted):
         return model
     torch.compiler.reset()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c rounded once; triton will change its default
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))  # the smallest kernel needs all that the others need
     except Exception as error:

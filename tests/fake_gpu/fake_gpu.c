@@ -470,6 +470,8 @@ GIVES(CUresult cuDeviceGet(CUdevice *d, int ordinal), *d = ordinal)
 GIVES(CUresult cuDeviceGetCount(int *n), *n = count())
 GIVES(CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute a, CUdevice d), *value = attribute(a))
 GIVES(CUresult cuCtxGetCurrent(CUcontext *c), *c = (void *)16)
+GIVES(CUresult cuCtxGetDevice(CUdevice *d), *d = device)  // these two are called by triton 3.9
+GIVES(CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *status), *status = 0)
 GIVES(CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d), *c = (void *)16)
 GIVES(CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active), (*flags = 0, *active = 1))
 GIVES(CUresult cuModuleLoad(CUmodule *m, const char *file), *m = new_handle())
