@@ -45,8 +45,8 @@ def test_what_the_readme_makes_is_ignored():
         pytest.skip("not a git checkout")
     text = (ROOT / "README.md").read_text()
     made = re.findall(r"--log_dir (\S+)", text) + re.findall(r"tools\.(?:export_hf|import_model) \S+ ([\w-]+)", text)
-    made = ["my_log", *made, "both.png", "console.txt"]
-    assert {"mine", "my-gpt2", "theirs", "trial", "trial2"} <= set(made)
+    made = ["my_log", *made, "compare", "compare.png", "console.txt"]
+    assert {"my-gpt2", "theirs", "trial", "trial2"} <= set(made)
     names = [f"{name}/config.json" if "." not in name else name for name in made]
     assert git(ROOT, "check-ignore", *names) == names
 

@@ -293,7 +293,10 @@ def report(v, sides):
 
 def compare(args, only):
     """Train in pairs and print the verdict. only: the flags of the changed side."""
-    both = shlex.split(args.both)
+    try:
+        both = shlex.split(args.both)
+    except ValueError as error:  # a quote that is not closed
+        raise UserError(f"--both={args.both}: {error}") from None
     for flag in both + only:
         if re.match(r"--(preset|seed|log[-_]dir)\b", flag):
             raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
