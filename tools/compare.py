@@ -306,6 +306,7 @@ def compare(args, only):
     flags = ["--preset", args.preset, *QUIET, *both]
     sides = [("changed", changed, flags + only), ("unchanged", unchanged, flags)]  # a wrong flag shows at once
     pairs = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stops the run in progress, too
     try:
         for pair in train_in_pairs(sides, args.seeds, folder):
             pairs.append(pair)
@@ -319,6 +320,8 @@ def compare(args, only):
     except DoesNotTrain as error:
         verdict = {"verdict": "does not train", "reason": str(error)}
         text = f"does not train | {error}"
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if args.json:
         try:
             with atomic_write(expand(args.json)) as file:
@@ -353,5 +356,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stops the run in progress, too
     main()
