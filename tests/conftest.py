@@ -14,7 +14,8 @@ from support import TINY, write_shards
 
 from train_gpt2 import TrainConfig
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts with &
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts with &, as SIGQUIT is
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 for name in list(os.environ):  # of a job that the tests are started in
     if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") or name.startswith(("TORCHELASTIC_", "HF_", "TRANSFORMERS_")):
         del os.environ[name]

@@ -164,7 +164,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_all_ranks(to, tiny, tmp_path
     for pid in targets[to]:
         os.kill(pid, signal.SIGINT if to == "one rank" else signal.SIGTERM)
     output = finish(process)
-    saved = int(re.search(r"saved .*/model_(\d+).pt\nstopped by a signal. To resume, .*--init_from resume", output)[1])
+    assert re.search("stopped by a signal. To resume, .*--init_from resume", output), output
+    saved = int(re.findall(r"saved .*/model_(\d+).pt", output)[-1])
     assert saved >= 34 and load_checkpoint(tmp_path / "log" / f"model_{saved:05d}.pt")["step"] == saved
     assert read_log(tmp_path / "log").splitlines()[-1].startswith(f"{saved - 1} norm")
 
