@@ -73,7 +73,8 @@ def test_equal_code_gives_exactly_zero_and_more_seeds_train_only_those(judged, c
 
 def test_a_known_effect_is_called_by_its_name_with_its_costs(judged, capsys):
     found = judged("--seeds", "2", "--", "--max_lr=0", "--n_layer=2")
-    assert found["verdict"] == "worse" and found["low"] > 0 and found["parameters"][0] > found["parameters"][1]
+    sizes = [found[f"cost_of_{side}"]["parameters"] for side in ("changed", "unchanged")]
+    assert found["verdict"] == "worse" and found["low"] > 0 and sizes[0] > sizes[1]
     last = capsys.readouterr().out.splitlines()[-1]
     numbers = r"val loss \+\d\.\d{4} nats, 95% from \+\d\.\d{4} to \+\d\.\d{4}, 2 pairs"
     assert re.fullmatch(rf"verdict: worse \| {numbers}", last)

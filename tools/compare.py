@@ -36,7 +36,7 @@ from lib.console import UserError, run_as_command, say
 from lib.data.folder import ShardFolder
 from lib.device import default_device, name_of
 from lib.files import ROOT, atomic_write, expand
-from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, smooth, tokens_at
+from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, save, smooth, tokens_at
 from train_gpt2 import PRESETS
 
 QUIET = [f"--{what}_every=0" for what in ("val", "hellaswag", "sample", "plot")]  # while training
@@ -243,12 +243,7 @@ def draw(v, runs, out):
     right.legend(fontsize="small")
     right.grid(alpha=0.3)
     figure.suptitle(describe(v))
-    try:
-        with atomic_write(out) as file:
-            figure.savefig(file, format=Path(out).suffix[1:] or "png")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}") from None
-    say(f"drawn: {out}")
+    save(figure, out)
 
 
 # -----------------------------------------------------------------------------
@@ -264,10 +259,8 @@ def train_in_pairs(sides, seeds, folder):
             begin = time.monotonic()
             try:
                 result = result_of(code, [*flags, "--seed", str(seed)], run)
-            except DoesNotTrain as error:
-                raise DoesNotTrain(f"{name}, seed {seed}: {error}") from None
-            except UserError as error:
-                raise UserError(f"{name}, seed {seed}: {error}") from None
+            except (DoesNotTrain, UserError) as error:
+                raise type(error)(f"{name}, seed {seed}: {error}") from None
             took = f"{time.monotonic() - begin:.0f} s"
             say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {run}")
             pair.append((run, result))
@@ -279,15 +272,15 @@ def report(v, sides):
     interval = f"95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}"
     enough = f"; {v['pairs_for_half']} pairs would show half the difference" if v["pairs_for_half"] else ""
     say(f"if the runs were no pairs: {interval}{enough}")
-    seconds, speeds, parameters = [], [], []
-    for results in sides:
-        seconds.append(statistics.median(result["seconds"] for result in results))
-        speeds.append(statistics.median(result["tokens"] / result["seconds"] for result in results))
-        parameters.append(results[0]["parameters"])
-    v |= {"seconds": seconds, "tokens_per_second": speeds, "parameters": parameters}
+    for name, results in zip(("changed", "unchanged"), sides, strict=True):
+        seconds = statistics.median(result["seconds"] for result in results)
+        speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
+        v[f"cost_of_{name}"] = {"seconds": seconds, "tokens_per_second": speed, "parameters": results[0]["parameters"]}
+    a, b = v["cost_of_changed"], v["cost_of_unchanged"]
+    ratio = a["tokens_per_second"] / b["tokens_per_second"]
     say(
-        f"changed and unchanged: {seconds[0]:.0f} and {seconds[1]:.0f} s of training, {speeds[0]:,.0f} and "
-        f"{speeds[1]:,.0f} tokens/s (x {speeds[0] / speeds[1]:.2f}), {parameters[0]:,} and {parameters[1]:,} parameters"
+        f"changed and unchanged: {a['seconds']:.0f} and {b['seconds']:.0f} s of training, x {ratio:.2f} the speed, "
+        f"{a['parameters']:,} and {b['parameters']:,} parameters"
     )
 
 

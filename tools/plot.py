@@ -223,11 +223,17 @@ def draw(runs, out):
         tokens_per_step = max(steps)
         functions = (lambda x: x * unit / tokens_per_step, lambda x: x * tokens_per_step / unit)
         places[0].secondary_xaxis("top", functions=functions).set_xlabel(f"steps of {tokens_per_step:,} tokens")
+    save(figure, out)
+
+
+def save(figure, out):
+    """Write a picture, in the format of the suffix. Raises UserError if that fails."""
     try:
         with atomic_write(out) as file:
             figure.savefig(file, format=Path(out).suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}") from None
+    say(f"drawn: {out}")
 
 
 def main(argv=None):
@@ -240,7 +246,6 @@ def main(argv=None):
     for run in [run for run in runs if [other.name for other in runs].count(run.name) > 1]:
         run.name = str(run.path)
     draw(runs, expand(args.out))
-    say(f"drawn: {args.out}")
 
 
 if __name__ == "__main__":
