@@ -2,7 +2,7 @@
 Console output that survives a closed pipe, user errors, and exit codes.
 """
 
-from lib.start import die_of_interrupts, is_program
+from lib.start import IS_PROGRAM, die_of_interrupts
 
 import contextlib
 import os
@@ -80,7 +80,7 @@ def run_as_command(run, *args, interrupted="", must_print=False):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         result = run(*args)
-        if is_program():
+        if IS_PROGRAM:
             die_of_interrupts()  # Python's own shutdown would swallow one
         if must_print and lost:
             raise UserError(f"cannot write to standard output: {lost[0]}")

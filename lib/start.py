@@ -8,11 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-
-def is_program():
-    """Whether this process is one of our programs, and not another one that imports it."""
-    names = ("-m", "train_gpt2.py", "fineweb.py", "hellaswag.py")  # -m: python -m tools.NAME, while it looks for NAME
-    return bool(sys.argv) and Path(sys.argv[0]).name in names
+# whether this process is one of our programs, not another one that imports it; -m: python -m tools.NAME, at its start
+IS_PROGRAM = Path((*sys.argv, "")[0]).name in ("-m", "train_gpt2.py", "fineweb.py", "hellaswag.py")
 
 
 def die_of_interrupts():
@@ -21,5 +18,5 @@ def die_of_interrupts():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-if is_program():
+if IS_PROGRAM:
     die_of_interrupts()

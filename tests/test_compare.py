@@ -134,7 +134,7 @@ def test_diffs_of_git_and_of_a_page_are_applied_and_others_refused(tmp_path):
     compare.apply_diff(diff, tmp_path / "a")
     for name in ("x.py", "y.py"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
-    with pytest.raises(UserError, match="0 places in x.py"):
+    with pytest.raises(UserError, match="found 0 times in x.py"):
         compare.apply_diff(diff, tmp_path / "a")
     with pytest.raises(UserError, match="no diff"):
         compare.apply_diff("some text\n", tmp_path / "a")

@@ -274,6 +274,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(small, log_dir, undistu
         main(small())
         out = capsys.readouterr().out
         assert re.search(r"model_00008.pt COULD NOT BE SAVED.*: \[Errno 28\] No space left on device", out)
+        assert "was truncated" not in out
         assert "Output in" in out and "next: python" in out
         assert_same_run(undisturbed, log_dir, 12)
 

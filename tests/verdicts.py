@@ -3,7 +3,8 @@ Do the verdicts of tools.compare tell the truth? Comparisons whose answer is kno
 
     OMP_NUM_THREADS=1 nice python tests/verdicts.py --jobs 2       # half an hour on 2 cores; continues where it stopped
 
-Forty changes that change nothing but the rounding, or the seed of one side: at 95%, two may be called different. Ten
+Forty changes that change nothing but the rounding, or the seed of one side: at 95%, two may be called different (they
+share runs, so they are not forty independent trials). Ten
 changes with a known effect: nine must be called right. And what pairing gains: the spread of the differences of pairs,
 beside that of runs of different seeds.
 """

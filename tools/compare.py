@@ -6,8 +6,8 @@ Is a change better, or was the seed lucky? Train with and without it, seed by se
     python -m tools.compare --diff my.diff --seeds 8            # a diff: by git diff, or as in docs/hacking.md
 
 The two runs of a seed begin with the same weights and see the same data in the same order, so that much of what a seed
-adds to the loss cancels. Judged is the loss on the whole validation split after the last step; the 95% interval of the
-mean difference is Student's t over the pairs. The code is copied first: you can edit on while it runs. Finished runs
+adds to the loss cancels. The verdict is on the loss on the whole validation split after the last step; the 95% interval
+of the mean difference is Student's t over the pairs. The code is copied first, so you can keep editing. Finished runs
 are kept in --folder and used again, an interrupted one is resumed.
 """
 
@@ -35,7 +35,7 @@ from lib.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.folder import ShardFolder
 from lib.device import default_device, name_of
-from lib.files import ROOT, atomic_write, expand
+from lib.files import ROOT, atomic_write, expand, list_folder, lock_folder
 from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, save, smooth, tokens_at
 from train_gpt2 import PRESETS
 
@@ -50,7 +50,7 @@ T = (
 
 
 class DoesNotTrain(Exception):
-    """A run that crashed or diverged, which is a result, too."""
+    """A run crashed or diverged, which is also a result."""
 
 
 # -----------------------------------------------------------------------------
@@ -72,14 +72,15 @@ def apply_diff(text, folder):
             hunks.append((None, []))  # text until the next part
     hunks = [(path, lines) for path, lines in hunks if path and lines]
     if not hunks:
-        raise UserError("it is no diff: expected what git diff prints, or parts as in docs/hacking.md")
+        raise UserError("not a diff: expected what git diff prints, or parts as in docs/hacking.md")
     for path, lines in hunks:
         old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
         content = path.read_text(encoding="utf-8") if path.exists() else ""
-        if old and content.count(old) != 1:
-            raise UserError(f"the diff does not fit: {content.count(old)} places in {path.name} are\n{old}")
+        if content.count(old) != 1:  # a new file is empty, and so is what it replaces
+            found = f"found {content.count(old)} times in {path.name}, must be once (is the diff applied already?)"
+            raise UserError(f"the diff does not fit; {found}:\n{old}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content.replace(old, new) if old else content + new, encoding="utf-8")
+        path.write_text(content.replace(old, new), encoding="utf-8")
 
 
 def copy_code(source, folder, diff=None):
@@ -120,8 +121,10 @@ def folder_of(folder, code, flags):
 
 
 def data_of(run):
-    """Identifies the data of a run, by its settings."""
+    """Identifies the data of a run, by its settings; None if it is gone."""
     data_dir = json.loads((run / "config.json").read_bytes())["data_dir"]
+    if not list_folder(data_dir):
+        return None
     return hashlib.sha256(repr(sorted(ShardFolder(data_dir).facts.items())).encode()).hexdigest()
 
 
@@ -131,7 +134,7 @@ def launch(command, console):
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)  # a terminal has sent it one already: the two count as one
+        process.terminate()  # a terminal has sent it a signal already: the two count as one
         process.wait()
         raise
 
@@ -143,17 +146,22 @@ def start(code, flags, run):
     if ended == 0:
         return
     printed = (run / "console.txt").read_text(encoding="utf-8", errors="replace")
-    failure = printed.rstrip().rpartition("\n")[2].removeprefix("error: ") or f"exit code {ended}"
-    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
-    last = re.findall(r" (?:train|norm) (\S+)$", log, re.M)[-2:]
-    if ended in STOPPED or (ended == 2 and all(math.isfinite(float(value)) for value in last)):
-        raise UserError(f"{failure} (see {run}/console.txt; the same command continues)")
-    raise DoesNotTrain(failure)
+    failure = printed.rstrip().rpartition("\n")[2].removeprefix("error: ")
+    if ended in STOPPED:
+        raise UserError(f"the run was stopped by signal {-ended}: the same command continues")
+    if ended == 2 and "NaN or infinite in steps" not in failure:
+        raise UserError(f"{failure} (see {run}/console.txt)")
+    raise DoesNotTrain(failure if ended > 0 else f"killed by signal {-ended}, see {run}/console.txt")
 
 
 def result_of(code, flags, run):
-    """What a run gave: val_loss in nats per token, seconds of training, tokens, parameters. Trains if it is not known,
-    or if the data has changed since."""
+    """What a run gave: val_loss in nats per token, seconds of training, tokens, parameters. Trains if there is no
+    result yet, or if the data has changed since; if another process trains the same run, waits for it."""
+    with lock_folder(run.parent / f"lock_{run.name}", wait=True):
+        return result_in(code, flags, run)
+
+
+def result_in(code, flags, run):
     path = run / "result.json"
     if path.exists():
         result = json.loads(path.read_bytes())
@@ -253,25 +261,31 @@ def draw(v, runs, out):
 def train_in_pairs(sides, seeds, folder):
     """Yield the (folder, result) of each side when the runs of a seed are finished. sides: (name, code, flags) each."""
     for seed in range(1, seeds + 1):
-        pair = []
+        pair, failed = [], []
         for name, code, flags in sides:
             run = folder_of(folder, code, flags) / f"seed_{seed}"
             begin = time.monotonic()
             try:
                 result = result_of(code, [*flags, "--seed", str(seed)], run)
-            except (DoesNotTrain, UserError) as error:
-                raise type(error)(f"{name}, seed {seed}: {error}") from None
+            except DoesNotTrain as error:
+                failed.append(f"{name}, seed {seed}: {error}")
+                continue  # whether the other side fails, too
+            except UserError as error:
+                raise UserError(f"{name}, seed {seed}: {error}") from None
             took = f"{time.monotonic() - begin:.0f} s"
             say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {run}")
             pair.append((run, result))
+        if failed:
+            raise DoesNotTrain("; ".join(failed))
         yield pair
 
 
 def report(v, sides):
     """Print what stands beside the verdict: the value of the pairs, and what the change costs. sides: results."""
     interval = f"95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}"
-    enough = f"; {v['pairs_for_half']} pairs would show half the difference" if v["pairs_for_half"] else ""
-    say(f"if the runs were no pairs: {interval}{enough}")
+    shown = v["verdict"] != "no difference shown"
+    enough = f"; about {v['pairs_for_half']} pairs would show half the difference" if shown else ""
+    say(f"without pairing: {interval}{enough}")
     for name, results in zip(("changed", "unchanged"), sides, strict=True):
         seconds = statistics.median(result["seconds"] for result in results)
         speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
@@ -293,6 +307,8 @@ def compare(args, only):
     for flag in both + only:
         if re.match(r"--(preset|seed|log[-_]dir)\b", flag):
             raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
+    if not Path(expand(args.out)).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no such folder")
     folder = Path(expand(args.folder))
     unchanged = copy_code(ROOT, folder)
     changed = copy_code(Path(expand(args.code or ROOT)), folder, args.diff)
@@ -308,7 +324,6 @@ def compare(args, only):
                 say(f"so far: {describe(verdict)}")
         runs, results = zip(*[zip(*side, strict=True) for side in zip(*pairs, strict=True)], strict=True)
         report(verdict, results)
-        draw(verdict, runs, expand(args.out))
         text = describe(verdict)
     except DoesNotTrain as error:
         verdict = {"verdict": "does not train", "reason": str(error)}
@@ -321,6 +336,8 @@ def compare(args, only):
                 file.write(json.dumps(verdict, indent=1).encode() + b"\n")
         except OSError as error:
             raise UserError(f"cannot write {args.json}: {error}") from None
+    if "low" in verdict:
+        draw(verdict, runs, expand(args.out))
     say(f"verdict: {text}")
     return verdict
 

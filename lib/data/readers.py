@@ -88,7 +88,7 @@ def text_documents(path, split_on):
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-LFS pointer to the text: run git lfs pull in its folder first")
     if content.count(b"\0") > len(content) // 100:  # much of UTF-16 is valid UTF-8
-        raise UserError(f"{path} is not UTF-8 but looks like UTF-16; convert it: iconv -f UTF-16LE -t UTF-8")
+        raise UserError(f"{path} is not UTF-8 but looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW")
     texts = content.split(split_on.encode()) if split_on else [content]  # of bytes: a str may be four times as large
     if split_on and not texts[-1].strip(b"\n"):  # after a separator at the end
         texts.pop()

@@ -63,8 +63,8 @@ def time_text(seconds):
 
 
 class Log:
-    """Records of the steps before `step` are kept, later ones come again. New ones wait in memory while the file cannot
-    be written. It stays open: on network disks, opening and closing it at every step would wait for the server."""
+    """Records of the steps before `step` are kept, later ones are written again. New ones wait in memory while the file
+    cannot be written. It stays open: on network disks, opening it at every step would wait for the server."""
 
     def __init__(self, path, step):
         self.path = path
@@ -98,7 +98,6 @@ class Log:
             end = self.file.seek(0, os.SEEK_END)
             if end < self.end:
                 say(f"warning: {self.path} was truncated: {self.end - end:,} bytes of records are lost")
-            self.end = end + len(self.waiting)
             try:
                 if self.file.write(self.waiting) < len(self.waiting):
                     raise OSError("only part of a record was written")
@@ -106,6 +105,7 @@ class Log:
                 with contextlib.suppress(OSError):
                     self.file.truncate(end)
                 raise
+            self.end = end + len(self.waiting)
             self.waiting = b""
             self.failing = False
             if sync:
