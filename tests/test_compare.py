@@ -136,7 +136,7 @@ def test_diffs_of_git_and_of_a_page_are_applied_and_others_refused(tmp_path):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
     with pytest.raises(UserError, match="found 0 times in x.py"):
         compare.apply_diff(diff, tmp_path / "a")
-    with pytest.raises(UserError, match="no diff"):
+    with pytest.raises(UserError, match="not a diff"):
         compare.apply_diff("some text\n", tmp_path / "a")
 
 

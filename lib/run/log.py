@@ -98,6 +98,7 @@ class Log:
             end = self.file.seek(0, os.SEEK_END)
             if end < self.end:
                 say(f"warning: {self.path} was truncated: {self.end - end:,} bytes of records are lost")
+                self.end = end
             try:
                 if self.file.write(self.waiting) < len(self.waiting):
                     raise OSError("only part of a record was written")
