@@ -203,7 +203,7 @@ def build(
         pool.submit(len, "")  # starts the workers before there are threads, or a lock that they would inherit
     except OSError as error:
         for worker in set(multiprocessing.active_children()) - set(others):
-            worker.terminate()
+            worker.kill()
             worker.join()
         limits = "check ulimit -u, and that /dev/shm, which has their locks, is writable"
         raise UserError(f"cannot start {workers} worker processes: {error}; {limits}") from error
