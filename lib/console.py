@@ -27,7 +27,7 @@ class Interrupted(Stopped, KeyboardInterrupt):
     """The same for Ctrl-C, for which Python has its own exception."""
 
 
-lost = []  # why lines could not be printed
+lost = []  # why lines could not be printed on standard output
 
 
 def say(message, stream=None):
@@ -42,7 +42,8 @@ def say(message, stream=None):
         stream.write(text + "\n")  # in one write: lines of several processes do not mix
         stream.flush()
     except OSError as error:
-        lost.append(error)
+        if stream is sys.stdout:
+            lost.append(error)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
 

@@ -4,12 +4,22 @@ Imported first by each program: Ctrl-C while it imports torch ends it at once, w
 lib.console.run_as_command handles Ctrl-C from then on.
 """
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
 
-# whether this process is one of our programs, not another one that imports it; -m: python -m tools.NAME, at its start
-IS_PROGRAM = Path((*sys.argv, "")[0]).name in ("-m", "train_gpt2.py", "fineweb.py", "hellaswag.py")
+
+def is_program():
+    """Whether the program of this process imports this module itself, as our scripts and their copies do; a program
+    that imports one of them keeps its own Ctrl-C. "-m": python -m tools.NAME, while it looks for NAME."""
+    name = (*sys.argv, "")[0]
+    with contextlib.suppress(OSError, ValueError):
+        return name == "-m" or "\nimport lib.start" in Path(name).read_text(encoding="utf-8")
+    return False
+
+
+IS_PROGRAM = is_program()  # decided once: python -m changes sys.argv
 
 
 def die_of_interrupts():

@@ -1,7 +1,7 @@
 """
 What each ingredient of the recipe is worth: the demo without one of them at a time, judged as tools.compare does.
 
-    OMP_NUM_THREADS=1 nice python tests/ingredients.py --jobs 2      # 5 hours on 2 cores; continues where it stopped
+    OMP_NUM_THREADS=1 nice python tests/ingredients.py --jobs 2      # hours; continues where it stopped
     python tests/ingredients.py --write                              # the table and the picture, of what is measured
 
 Measured runs are in compare/, which tools.compare uses as well, and in docs/bench/ingredients.json. From that come the

@@ -306,10 +306,12 @@ def test_the_rooms_of_lib_import_downwards_only():
             assert target not in ("data", "run", "model") or target == room, f"{path} imports {name}"
 
 
-def test_ctrl_c_while_torch_is_imported_leaves_no_traceback():
-    for script in (["train_gpt2.py"], ["-m", "tools.sample", "model"]):
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    copy_scripts(tmp_path)
+    shutil.copy(ROOT / "train_gpt2.py", tmp_path / "mine.py")
+    for script in (["train_gpt2.py"], ["mine.py"], ["-m", "tools.sample", "model"]):
         command, pipe = [sys.executable, "-X", "importtime", *script], subprocess.PIPE
-        process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         assert any("lib.start" in line for line in process.stderr)  # then come numpy and torch
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)

@@ -1,7 +1,7 @@
 """
 Do the verdicts of tools.compare tell the truth? Comparisons whose answer is known, on a model of a few seconds.
 
-    OMP_NUM_THREADS=1 nice python tests/verdicts.py --jobs 2       # half an hour on 2 cores; continues where it stopped
+    OMP_NUM_THREADS=1 nice python tests/verdicts.py --jobs 2       # 40 minutes on 2 cores; continues where it stopped
 
 Forty changes that change nothing but the rounding, or the seed of one side: at 95%, two may be called different (they
 share runs, so they are not forty independent trials). Ten

@@ -5,10 +5,10 @@ Is a change better, or was the seed lucky? Train with and without it, seed by se
     python -m tools.compare --code ../my_copy                   # an edited copy of the scripts, against this one
     python -m tools.compare --diff my.diff --seeds 8            # a diff: by git diff, or as in docs/hacking.md
 
-The two runs of a seed begin with the same weights and see the same data in the same order, so that much of what a seed
-adds to the loss cancels. The verdict is on the loss on the whole validation split after the last step; the 95% interval
-of the mean difference is Student's t over the pairs. The code is copied first, so you can keep editing. Finished runs
-are kept in --folder and used again, an interrupted one is resumed.
+The two runs of a seed begin with the same weights and see the same data in the same order, so what a seed adds to the
+loss cancels, as far as the change leaves training on its course. The verdict is on the loss on the whole validation
+split after the last step; the 95% interval of the mean difference is Student's t over the pairs. The code is copied
+first, so you can keep editing. Finished runs are kept in --folder and used again, an interrupted one is resumed.
 """
 
 import argparse

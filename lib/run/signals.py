@@ -34,7 +34,8 @@ def one_run():
     the two would draw from the same random states."""
     if not RUNNING.acquire(blocking=False):
         raise UserError("another run is in progress in this process: wait for it, or start a process for each")
-    before, dtype = {number: signal.getsignal(number) for number in stop_signals()}, torch.get_default_dtype()
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
         with torch.inference_mode(False), torch.enable_grad():  # a notebook may have switched gradients off
