@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lib.console import UserError, run_as_command, say  # noqa: E402
-from tools.compare import QUIET, DoesNotTrain, copy_code, folder_of, judge, result_of  # noqa: E402
+from tools.compare import QUIET, DoesNotTrain, copy_code, judge, train  # noqa: E402
 
 # the flags of the changed side, or the name of a diff in docs/ingredients/, or both
 ROWS = {
@@ -65,7 +65,7 @@ def measure(seeds, jobs, folder):
         seed, name = job
         code, flags = sides[name]
         try:
-            return result_of(code, [*flags, "--seed", str(seed)], folder_of(folder, code, flags) / f"seed_{seed}")
+            return train(folder, code, flags, seed)
         except DoesNotTrain as error:
             return str(error)
         except UserError as error:  # it was stopped, or another process is at it
@@ -79,7 +79,7 @@ def measure(seeds, jobs, folder):
         for (seed, name), result in zip(work, pool.imap(run, work), strict=True):
             found[name].append(result)
             say(f"seed {seed}, {name}: {result['val_loss'] if isinstance(result, dict) else result}")
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            RESULTS.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def verdicts():

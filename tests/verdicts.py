@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lib.console import run_as_command, say  # noqa: E402
-from tools.compare import QUIET, copy_code, describe, folder_of, judge, result_of  # noqa: E402
+from tools.compare import QUIET, copy_code, describe, judge, train  # noqa: E402
 
 SMALL = ["n_layer=2", "n_head=2", "n_embd=32", "sequence_length=64", "total_batch_size=512"]
 SMALL += ["max_steps=120", "warmup_steps=20"]
@@ -54,8 +54,7 @@ def main(jobs, folder):
         name, seed = job
         code, flags, _ = sides[name]
         flags = ["--preset", "demo", *QUIET, *(f"--{flag}" for flag in SMALL + flags)]
-        result = result_of(code, [*flags, "--seed", str(seed)], folder_of(folder, code, flags) / f"seed_{seed}")
-        return job, result["val_loss"]
+        return job, train(folder, code, flags, seed)["val_loss"]
 
     with ThreadPool(jobs) as pool:
         work = [(name, seed) for name, (_, _, seeds) in sides.items() for seed in range(1, seeds + 1)]

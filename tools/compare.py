@@ -35,13 +35,14 @@ from lib.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.folder import ShardFolder
 from lib.device import default_device, name_of
-from lib.files import ROOT, atomic_write, expand, list_folder, lock_folder
+from lib.files import ROOT, atomic_write, expand, list_folder
 from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, save, smooth, tokens_at
 from train_gpt2 import PRESETS
 
 QUIET = [f"--{what}_every=0" for what in ("val", "hellaswag", "sample", "plot")]  # while training
 MEASURE = ["--init_from=resume", "--val_every=1", f"--val_tokens={2**40}"]  # then: the loss on the whole split
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)  # exit codes of a run that others ended
+SHOWN = ("better", "worse")
 # the 97.5% quantile of Student's t with 1, 2, ... degrees of freedom
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -113,19 +114,11 @@ def copy_code(source, folder, diff=None):
 # Runs
 
 
-def folder_of(folder, code, flags):
-    """Where the runs of this code with these flags are: another version of torch, another device or number of threads
-    rounds in another way."""
-    rounding = torch.__version__, torch.get_num_threads(), name_of(torch.device(default_device()))
-    return folder / hashlib.sha256(json.dumps([code.name, flags, *rounding]).encode()).hexdigest()[:10]
-
-
 def data_of(run):
     """Identifies the data of a run, by its settings; None if it is gone."""
     data_dir = json.loads((run / "config.json").read_bytes())["data_dir"]
-    if not list_folder(data_dir):
-        return None
-    return hashlib.sha256(repr(sorted(ShardFolder(data_dir).facts.items())).encode()).hexdigest()
+    facts = list_folder(data_dir) and sorted(ShardFolder(data_dir).facts.items())
+    return facts and hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def launch(command, console):
@@ -143,48 +136,45 @@ def start(code, flags, run):
     """Train in the folder of a run. Raises DoesNotTrain if it crashes or diverges, UserError if it ends otherwise."""
     with open(run / "console.txt", "ab") as console:
         ended = launch([sys.executable, str(code / "train_gpt2.py"), *flags, "--log_dir", str(run)], console)
-    if ended == 0:
-        return
     printed = (run / "console.txt").read_text(encoding="utf-8", errors="replace")
-    failure = printed.rstrip().rpartition("\n")[2].removeprefix("error: ")
+    failure = f"{printed.rstrip().rpartition(chr(10))[2].removeprefix('error: ')} (see {run}/console.txt)"
     if ended in STOPPED:
         raise UserError(f"the run was stopped by signal {-ended}: the same command continues")
     if ended == 2 and "NaN or infinite in steps" not in failure:
-        raise UserError(f"{failure} (see {run}/console.txt)")
-    raise DoesNotTrain(failure if ended > 0 else f"killed by signal {-ended}, see {run}/console.txt")
+        raise UserError(failure)
+    if ended:
+        raise DoesNotTrain(failure if ended > 0 else f"killed by signal {-ended} (see {run}/console.txt)")
 
 
-def result_of(code, flags, run):
-    """What a run gave: val_loss in nats per token, seconds of training, tokens, parameters. Trains if there is no
-    result yet, or if the data has changed since; if another process trains the same run, waits for it."""
-    with lock_folder(run.parent / f"lock_{run.name}", wait=True):
-        return result_in(code, flags, run)
-
-
-def result_in(code, flags, run):
+def train(folder, code, flags, seed):
+    """What a run gave: its folder, val_loss in nats per token, seconds of training, tokens, parameters. Trains if there
+    is no result for this code, these flags and what decides the rounding, or if the data has changed since."""
+    rounding = torch.__version__, torch.get_num_threads(), name_of(torch.device(default_device()))
+    key = hashlib.sha256(json.dumps([code.name, flags, *rounding]).encode()).hexdigest()[:10]
+    run = folder / key / f"seed_{seed}"
     path = run / "result.json"
     if path.exists():
         result = json.loads(path.read_bytes())
         if result["data"] == data_of(run):
-            return result
+            return {"run": run, **result}
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
+    flags = [*flags, "--seed", str(seed)]
     start(code, flags + ["--init_from", "resume"] * (run / "config.json").exists(), run)
     if not list_checkpoints(run):
         raise UserError(f"{run}/ has no checkpoint: leave out --checkpoint_every 0")
     start(code, flags + MEASURE, run)
-    checkpoint = load_checkpoint(newest_checkpoint(run))
-    if not math.isfinite(checkpoint["val_loss"]):
-        raise DoesNotTrain(f"the validation loss is {checkpoint['val_loss']}")
-    result = {"val_loss": checkpoint["val_loss"], "seconds": checkpoint["seconds"]["training"]}
-    result |= {"tokens": checkpoint["tokens"], "data": data_of(run)}
-    weights = {w.data_ptr(): w.numel() for w in checkpoint["model"].values() if torch.is_tensor(w)}  # tied ones once
-    result["parameters"] = sum(weights.values())
+    end = load_checkpoint(newest_checkpoint(run))
+    if not math.isfinite(end["val_loss"]):
+        raise DoesNotTrain(f"the validation loss is {end['val_loss']}")
+    weights = {w.data_ptr(): w.numel() for w in end["model"].values() if torch.is_tensor(w)}  # tied ones once
+    result = {"val_loss": end["val_loss"], "seconds": end["seconds"]["training"], "tokens": end["tokens"]}
+    result |= {"parameters": sum(weights.values()), "data": data_of(run)}
     with atomic_write(path) as file:
         file.write(json.dumps(result).encode())
     for checkpoint in list_checkpoints(run):
         checkpoint.unlink()
-    return result
+    return {"run": run, **result}
 
 
 # -----------------------------------------------------------------------------
@@ -192,11 +182,8 @@ def result_in(code, flags, run):
 
 
 def half_width(deviation, n, freedom):
-    """Half of a 95% interval of a mean of n. Beyond the table, by the expansion of Fisher and Cornish."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    beyond = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    t = T[freedom - 1] if freedom <= len(T) else beyond
-    return t * deviation / n**0.5
+    """Half of a 95% interval of a mean of n. Beyond the end of T, its last value: at most 4% too wide."""
+    return T[min(freedom, len(T)) - 1] * deviation / n**0.5
 
 
 def judge(changed, unchanged):
@@ -222,13 +209,13 @@ def describe(v):
     return f"{v['verdict']} | val loss {v['difference']:+.4f} nats, {interval}"
 
 
-def draw(v, runs, out):
-    """The curves of both sides and the differences by seed, as a picture. runs: the folders of each side, by seed."""
+def draw(v, sides, out):
+    """The curves of both sides and the differences by seed, as a picture. sides: the results of each, by seed."""
     curves = []
-    for folders, name, color in zip(runs, ("changed", "unchanged"), ("C1", "C0"), strict=True):
+    for results, name, color in zip(sides, ("changed", "unchanged"), ("C1", "C0"), strict=True):
         lines = []
-        for folder in folders:
-            run = read_run(folder, None)
+        for result in results:
+            run = read_run(result["run"], None)
             steps, losses = np.array(sorted(run.records["train"].items()), dtype=float).T
             tokens, losses = tokens_at(run, steps), smooth(losses)
             curves.append((tokens, losses, {"color": color, "linewidth": 0.5, "alpha": 0.5}))
@@ -259,22 +246,21 @@ def draw(v, runs, out):
 
 
 def train_in_pairs(sides, seeds, folder):
-    """Yield the (folder, result) of each side when the runs of a seed are finished. sides: (name, code, flags) each."""
+    """Yield the results of both sides when the runs of a seed are finished. sides: (name, code, flags) of each."""
     for seed in range(1, seeds + 1):
         pair, failed = [], []
         for name, code, flags in sides:
-            run = folder_of(folder, code, flags) / f"seed_{seed}"
             begin = time.monotonic()
             try:
-                result = result_of(code, [*flags, "--seed", str(seed)], run)
+                result = train(folder, code, flags, seed)
             except DoesNotTrain as error:
                 failed.append(f"{name}, seed {seed}: {error}")
                 continue  # whether the other side fails, too
             except UserError as error:
                 raise UserError(f"{name}, seed {seed}: {error}") from None
             took = f"{time.monotonic() - begin:.0f} s"
-            say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {run}")
-            pair.append((run, result))
+            say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {result['run']}")
+            pair.append(result)
         if failed:
             raise DoesNotTrain("; ".join(failed))
         yield pair
@@ -282,14 +268,12 @@ def train_in_pairs(sides, seeds, folder):
 
 def report(v, sides):
     """Print what stands beside the verdict: the value of the pairs, and what the change costs. sides: results."""
-    interval = f"95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}"
-    shown = v["verdict"] != "no difference shown"
-    enough = f"; about {v['pairs_for_half']} pairs would show half the difference" if shown else ""
-    say(f"without pairing: {interval}{enough}")
+    enough = f"; about {v['pairs_for_half']} pairs would show half the difference" if v["verdict"] in SHOWN else ""
+    say(f"without pairing: 95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}{enough}")
     for name, results in zip(("changed", "unchanged"), sides, strict=True):
-        seconds = statistics.median(result["seconds"] for result in results)
-        speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
-        v[f"cost_of_{name}"] = {"seconds": seconds, "tokens_per_second": speed, "parameters": results[0]["parameters"]}
+        cost = {"seconds": statistics.median(result["seconds"] for result in results)}
+        cost["tokens_per_second"] = statistics.median(result["tokens"] / result["seconds"] for result in results)
+        v[f"cost_of_{name}"] = cost | {"parameters": results[0]["parameters"]}
     a, b = v["cost_of_changed"], v["cost_of_unchanged"]
     ratio = a["tokens_per_second"] / b["tokens_per_second"]
     say(
@@ -300,44 +284,34 @@ def report(v, sides):
 
 def compare(args, only):
     """Train in pairs and print the verdict. only: the flags of the changed side."""
-    try:
-        both = shlex.split(args.both)
-    except ValueError as error:  # a quote that is not closed
-        raise UserError(f"--both={args.both}: {error}") from None
-    for flag in both + only:
+    for flag in args.both + only:
         if re.match(r"--(preset|seed|log[-_]dir)\b", flag):
             raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
-    if not Path(expand(args.out)).absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no such folder")
+    for path in filter(None, (args.out, args.json)):
+        if not Path(expand(path)).absolute().parent.is_dir():
+            raise UserError(f"{path}: there is no such folder")
     folder = Path(expand(args.folder))
-    unchanged = copy_code(ROOT, folder)
+    flags = ["--preset", args.preset, *QUIET, *args.both]
     changed = copy_code(Path(expand(args.code or ROOT)), folder, args.diff)
-    flags = ["--preset", args.preset, *QUIET, *both]
+    unchanged = copy_code(ROOT, folder)
     sides = [("changed", changed, flags + only), ("unchanged", unchanged, flags)]  # a wrong flag shows at once
     pairs = []
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stops the run in progress, too
     try:
         for pair in train_in_pairs(sides, args.seeds, folder):
             pairs.append(pair)
             if len(pairs) > 1:
-                verdict = judge(*[[result["val_loss"] for _, result in side] for side in zip(*pairs, strict=True)])
+                results = list(zip(*pairs, strict=True))
+                verdict = judge(*[[result["val_loss"] for result in side] for side in results])
                 say(f"so far: {describe(verdict)}")
-        runs, results = zip(*[zip(*side, strict=True) for side in zip(*pairs, strict=True)], strict=True)
         report(verdict, results)
+        draw(verdict, results, expand(args.out))
         text = describe(verdict)
     except DoesNotTrain as error:
         verdict = {"verdict": "does not train", "reason": str(error)}
         text = f"does not train | {error}"
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if args.json:
-        try:
-            with atomic_write(expand(args.json)) as file:
-                file.write(json.dumps(verdict, indent=1).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error}") from None
-    if "low" in verdict:
-        draw(verdict, runs, expand(args.out))
+        with atomic_write(expand(args.json)) as file:
+            file.write(json.dumps(verdict, indent=1).encode() + b"\n")
     say(f"verdict: {text}")
     return verdict
 
@@ -353,7 +327,8 @@ def main(argv=None):
     change.add_argument("--diff", help="a file with a diff, which is applied to a copy of these scripts")
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="of both sides" + default)
     parser.add_argument("--seeds", type=int, default=5, help="pairs of runs, 2 or more" + default)
-    parser.add_argument("--both", default="", help='flags of train_gpt2.py for both sides, as --both="--n_layer 2"')
+    both = 'flags of train_gpt2.py for both sides, as --both="--n_layer 2"'
+    parser.add_argument("--both", type=shlex.split, default="", help=both)
     parser.add_argument("--out", default="compare.png", help="the picture, a .png, .pdf or .svg" + default)
     parser.add_argument("--json", help="write the verdict and its numbers to this file")
     parser.add_argument("--folder", default="compare", help="of the runs and the copied code" + default)
@@ -366,4 +341,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stops the run in progress, too
     main()
