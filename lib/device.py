@@ -23,6 +23,14 @@ PEAK_TFLOPS = {
     "RTX 3070": 41, "RTX 3060 Ti": 32, "RTX 3060": 25,
 }  # fmt: skip
 
+# tokens/s of one GPU that trains GPT-2 124M: T=1024, 16 bits, compiled; and whose figure it is
+SPEEDS = {
+    "H200": (553_000, "measured: torch 2.11.0, 2026-11-22"),
+    "H100": (513_000, "computed: an H200 with 3.35 instead of 4.8 TB/s"),
+    "A100": (182_000, "published: 90 ms for 16,384 tokens in the lecture"),
+    "RTX 4090": (130_000, "published: the tutorial's code, build-nanogpt issue 6"),
+}
+
 
 def name_of(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
@@ -108,6 +116,12 @@ def compile_model(model, wanted, device):
         say(f"warning: torch.compile is off; it may need apt-get install g++ python3-dev: {error!r:.300}")
         return model
     return torch.compile(model, dynamic=False)
+
+
+def attention_kernel(n_head, T, head_size, dtype, device):
+    """The name of the kernel with which torch trains causal attention of this shape, such as cudnn_attention."""
+    q = torch.empty(1, n_head, T, head_size, dtype=dtype, device=device, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
 
 
 def flash_attention():

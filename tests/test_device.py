@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from support import flags_of, losses, run_warm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import device
 from lib.console import UserError
@@ -49,6 +50,13 @@ def test_changing_lengths_go_without_cudnn():
     with device.flash_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_the_kernel_of_attention_is_the_one_that_torch_takes():
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(backend):
+            name = device.attention_kernel(4, 128, 12, torch.float32, torch.device("cpu"))
+        assert name == backend.name.lower()
 
 
 def test_without_a_compiler_a_run_goes_on_uncompiled(tiny, tmp_path):

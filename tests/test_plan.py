@@ -1,10 +1,12 @@
 """The plan says what a run then takes."""
 
+import re
+
 import pytest
 import torch
-from support import load, losses, run_warm
+from support import ROOT, load, losses, run_warm
 
-from lib.device import peak_tflops
+from lib.device import SPEEDS, peak_tflops
 from tools import plan
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, main
 
@@ -26,6 +28,19 @@ def test_operations_are_those_of_the_model(preset):
     n = blocks + c.vocab_size * c.n_embd + 2 * c.n_embd  # the positions do not count
     assert model.flops_per_token() == 6 * n + 6 * c.n_layer * c.n_embd * c.sequence_length
     assert f"{n + c.sequence_length * c.n_embd:,} parameters" in plan.describe(plan.PlanConfig(**vars(c)), model, None)
+
+
+def test_the_speeds_of_gpus_are_those_of_the_page_and_of_a_run():
+    assert on_meta(config_of("gpt2")).flops_per_token() == plan.FLOPS_OF_124M
+    c = plan.PlanConfig()
+    printed, page = plan.describe(c, on_meta(c), None), (ROOT / "docs" / "rented_gpu.md").read_text()
+    for gpu, (speed, source) in SPEEDS.items():
+        hours = c.max_steps * c.total_batch_size / speed / 3600
+        share = speed * plan.FLOPS_OF_124M / peak_tflops(gpu) / 1e12
+        row = (
+            rf"\| {gpu}( SXM)? \| {speed:,} \| {share:.0%} of {peak_tflops(gpu)} TFLOP/s \| {hours:.1f} \| {source[:8]}"
+        )
+        assert re.search(row, page) and f"  {gpu}, {speed:,} tokens/s" in printed and source in printed
 
 
 def test_memory_and_disk_are_those_of_a_run(tiny, tmp_path):

@@ -17,14 +17,13 @@ sys.path.append(str(Path(__file__).parent.parent))  # python tools/plan.py works
 from lib.config import check, parse_args
 from lib.console import UserError, run_as_command, say
 from lib.data.folder import ShardFolder
-from lib.device import PEAK_TFLOPS
+from lib.device import SPEEDS
 from lib.model.load import OPENAI_MODELS
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
-MFU = 0.447  # of GPT-2 124M's step on one H200 (bfloat16, compile, torch 2.11.0, 2026-11-22)
-GPUS = ("H200", "H100", "A100", "RTX 4090")
 CARDS = (8, 16, 24, 40, 80, 141)  # GB of memory of common GPUs
 ROOM = 0.92  # of a card's memory, without what CUDA and its libraries need
+FLOPS_OF_124M = 798_759_936  # per token, of the model and the length whose speeds are known
 STATE = 16 + 2  # bytes per parameter: weights, gradients, AdamW's moments in float32, autocast's 16-bit copy
 
 
@@ -76,14 +75,12 @@ def describe(c, model, data_tokens):
         "in 16 bits and compiled (computed):",
     ]
     lines += [f"  {f'{size} GB':30} {largest_micro_batch(c, n, ROOM * size * 1e9)}" for size in CARDS]
-    speeds = {gpu: PEAK_TFLOPS[gpu] * 1e12 * MFU / flops for gpu in GPUS}
-    if c.speed:
-        speeds = {"at the speed given": c.speed}
-    lines.append(f"time on one GPU, without evaluation, at the speed given or an MFU of {MFU:.1%} (measured: H200):")
-    for gpu, speed in speeds.items():
+    lines.append("time on one GPU, without evaluation; a model of another size at the same FLOP/s as 124M:")
+    for gpu, (speed, source) in ({"as given": (c.speed, "")} if c.speed else SPEEDS).items():
+        speed *= 1 if c.speed else FLOPS_OF_124M / flops
         hours = tokens / speed / 3600
         price = f", {hours * c.price:,.2f} at {c.price:g} per hour" if c.price else ""
-        lines.append(f"  {f'{gpu}, {speed:,.0f} tokens/s':30} {hours:,.1f} hours{price}")
+        lines.append(f"  {f'{gpu}, {speed:,.0f} tokens/s':30} {hours:,.1f} hours{price}  {source}".rstrip())
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ What a run prints at its start.
 
 import torch
 
-from lib.device import name_of, peak_tflops
+from lib.device import attention_kernel, name_of, peak_tflops
 
 
 def headline(c, model, device, world_size, autocast, compiled):
@@ -15,9 +15,12 @@ def headline(c, model, device, world_size, autocast, compiled):
     n = sum(p.numel() for p in model.parameters())
     tokens = c.max_steps * c.total_batch_size
     flops = tokens * model.flops_per_token(c.sequence_length)
+    kernel = ""
+    if device.type == "cuda":  # where one can be several times as fast as another
+        kernel = f", {attention_kernel(c.n_head, c.sequence_length, c.n_embd // c.n_head, dtype, device)}"
     lines = [
         f"GPT-2, {n:,} parameters, on {world_size} x {name_of(device)}, {dtype}, "
-        f"compile {'on' if compiled else 'off'}, torch {torch.__version__}",
+        f"compile {'on' if compiled else 'off'}{kernel}, torch {torch.__version__}",
         f"plan: {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / n:.1f} per parameter, "
         f"{flops:.2e} FLOP; a checkpoint takes {12 * n / 1e9:.2f} GB",
     ]
