@@ -385,7 +385,7 @@ def test_shards_that_go_away_are_named_and_the_resume_is_exact(
     shutil.copytree(data, copy)
 
     def act():
-        shards.open_file.cache_clear()  # as where there are more shards than a process has open
+        shards.OpenFile.cache_clear()  # as where there are more shards than a process has open
         if fault == "moved":
             data.rename(tmp_path / "elsewhere")
         elif fault == "deleted":

@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.console import UserError, print0
 from lib.data.manifest import read_manifest
-from lib.data.shards import SPLITS, Shard, open_file, split_of
+from lib.data.shards import SPLITS, OpenFile, Shard, split_of
 from lib.files import expand, list_folder
 from lib.foreign import recognize
 
@@ -46,7 +46,7 @@ class ShardFolder:
 
     def __init__(self, root, splits=SPLITS, optional=()):
         self.root = expand(root)
-        open_file.cache_clear()  # an earlier run of this process may have opened shards that were replaced since
+        OpenFile.cache_clear()  # an earlier run of this process may have opened shards that were replaced since
         names, hashes = find_shards(self.root, splits, optional)
         self.shards = {split: [Shard.open(f"{self.root}/{name}") for name in names[split]] for split in splits}
         self.facts = {

@@ -33,8 +33,15 @@ def split_of(name):
 
 
 @functools.lru_cache(maxsize=128)  # a process may have 256 files open on macOS
-def open_file(path):
-    return open(path, "rb", buffering=0)
+class OpenFile:
+    """A file that is open until this object is gone."""
+
+    def __init__(self, path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close=os.close):
+        if hasattr(self, "number"):
+            close(self.number)
 
 
 class Shard(NamedTuple):
@@ -69,7 +76,7 @@ class Shard(NamedTuple):
         """The tokens from start to end, or to the shard's end if that comes first, as uint16."""
         end = min(end, self.length)
         try:
-            data = os.pread(open_file(self.path).fileno(), 2 * (end - start), self.offset + 2 * start)
+            data = os.pread(OpenFile(self.path).number, 2 * (end - start), self.offset + 2 * start)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error}. Restore it, and resume") from None
         if len(data) < 2 * (end - start):
