@@ -59,12 +59,13 @@ class Lab:
     def run(self, name, *command, limit, folder=ROOT, **env):
         """Run a Python program, at most `limit` seconds and the time that is left. Returns what it printed."""
         limit = min(limit, self.end - time.monotonic())
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         if limit < 10:
             raise Failed("skipped: no time was left")
         with open(self.folder / f"{name}.txt", "w+") as output:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, start_new_session=True,
+                cwd=folder, env={**os.environ, "PYTHONPATH": path, **env}, start_new_session=True,
             )  # fmt: skip
             try:
                 code = process.wait(limit)
@@ -142,7 +143,7 @@ def resume(lab):
 
 def tests(lab):
     quick = ["-k", "resumed"] if lab.tiny else []
-    printed = lab.run("tests", "-m", "pytest", "-q", "-p", "no:randomly", "-m", "gpu", "tests", *quick, limit=180)
+    printed = lab.run("tests", "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "tests", *quick, limit=180)
     yield "tests marked gpu", printed.strip().splitlines()[-1].strip("= ")
 
 
