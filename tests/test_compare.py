@@ -140,6 +140,13 @@ def test_diffs_of_git_and_of_a_page_are_applied_and_others_refused(tmp_path):
         compare.apply_diff("some text\n", tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", [path.name for path in ROOT.glob("docs/ingredients/*.diff")])
+def test_the_diffs_of_the_ingredients_fit_and_leave_python(name, tmp_path):
+    (tmp_path / "train_gpt2.py").write_text((ROOT / "train_gpt2.py").read_text())
+    compare.apply_diff((ROOT / "docs" / "ingredients" / name).read_text(), tmp_path)
+    compile((tmp_path / "train_gpt2.py").read_text(), name, "exec")
+
+
 def test_the_interval_is_students():
     found = compare.judge([1.02, 2.01, 3.05, 4.02, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0])
     assert found["difference"] == pytest.approx(0.02)
