@@ -66,22 +66,16 @@ def fresh_start(rank, world_size, timeout):
 def leaving_together():
     """Wait for all ranks on exit: one that leaves early would close connections that others use. A rank that fails does
     not wait: it ends, and torchrun ends the others."""
-    if not dist.is_initialized():
-        yield
-        return
     try:
         yield
     except BaseException as error:
-        if dist.get_world_size() > 1 and not isinstance(error, Stopped):
+        if dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(error, Stopped):
             os._exit(report(error))
-        wait_and_leave()
         raise
-    wait_and_leave()
-
-
-def wait_and_leave():
-    wait_for_all()
-    dist.barrier()  # rank 0 may hold the store, and has to answer the others before it leaves
+    finally:
+        wait_for_all()
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 may hold the store, and has to answer the others before it leaves
 
 
 def wait_for_all():
