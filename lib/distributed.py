@@ -23,13 +23,11 @@ meetings = {}  # of this process group: its store, and the numbers of the meetin
 def torchrun_ranks():
     """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 0) without it. Raises UserError if they are set only
     in part, since each rank would train alone."""
-    given = [name for name in NAMES if os.environ.get(name)]
-    if not {"RANK", "LOCAL_RANK"} & set(given) and os.environ.get("WORLD_SIZE") in (None, "", "1"):
-        return 0, 0, 0
     values = {name: os.environ.get(name, "") for name in NAMES}
-    missing = [name for name in NAMES if not values[name]]
+    if not (values["RANK"] or values["LOCAL_RANK"]) and values["WORLD_SIZE"] in ("", "1"):
+        return 0, 0, 0
     numbers = [int(values[name]) if values[name].isdecimal() else -1 for name in NAMES[:3]]
-    if missing or min(numbers) < 0 or numbers[0] >= numbers[2]:
+    if not all(values.values()) or min(numbers) < 0 or numbers[0] >= numbers[2]:
         raise UserError(f"the environment names no rank: {values}. Start with torchrun, set all of these, or none")
     return tuple(numbers)
 
