@@ -22,17 +22,15 @@ from lib.tokenizer import VOCAB_SIZE
 
 # the inclusive range of each number; other settings may have any value
 RANGES = {
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length"), (1, 2**31)),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "max_nonfinite"), (1, 2**31)),
     **dict.fromkeys(("total_batch_size", "micro_batch_size", "val_tokens"), (1, 2**40)),
-    **dict.fromkeys(("max_steps", "warmup_steps"), (0, 2**63)),
+    **dict.fromkeys(("max_steps", "warmup_steps", "checkpoint_every"), (0, 2**63)),
     **dict.fromkeys(("log_every", "val_every", "hellaswag_every", "sample_every", "plot_every"), (0, 2**63)),
-    "checkpoint_every": (0, 2**63),
     **dict.fromkeys(("max_lr", "weight_decay", "grad_clip"), (0, 1e30)),
     "min_lr_ratio": (0, 1),
     "sample_temperature": (0, 100),
     "keep_checkpoints": (2, 2**31),
     "seed": (0, 2**32 - 1),
-    "max_nonfinite": (1, 2**31),
     "collective_timeout": (1, 10**7),
 }
 NUMBERS = {int: Integral, float: Real, str: (str, PathLike)}  # what a setting of a type accepts: numpy's numbers, too
@@ -165,24 +163,20 @@ def parse_args(dataclass, presets, description, argv=None):
 # What can run
 
 
-def batch_near(c, world_size):
-    """The total_batch_size near the one asked for that micro-batches divide evenly among the ranks."""
-    unit = c.sequence_length * world_size
-    unit *= min(c.micro_batch_size, max(1, round(c.total_batch_size / unit)))
-    return max(1, round(c.total_batch_size / unit)) * unit
-
-
 def problems(c, world_size, model_names):
     """Yield what cannot run, as messages with the remedy. c: the settings, None where this code does not have one."""
     if c.n_head and c.n_embd % c.n_head:
         yield f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: choose a multiple"
     if c.total_batch_size and c.micro_batch_size:
-        sequences, rest = divmod(c.total_batch_size, c.sequence_length * world_size)  # of each rank in a step
+        unit = c.sequence_length * world_size
+        sequences, rest = divmod(c.total_batch_size, unit)  # of each rank in a step
         if rest or sequences % min(sequences, c.micro_batch_size):
+            unit *= min(c.micro_batch_size, max(1, round(c.total_batch_size / unit)))  # micro-batches of all ranks
+            near = max(1, round(c.total_batch_size / unit)) * unit
             yield (
                 f"total_batch_size {c.total_batch_size} is not divisible by micro_batch_size {c.micro_batch_size} x "
                 f"sequence_length {c.sequence_length} x {world_size} ranks: give another micro_batch_size, or "
-                f"--total_batch_size {batch_near(c, world_size)}"
+                f"--total_batch_size {near}"
             )
     names = ("scratch", "resume", *model_names)
     if c.init_from and c.init_from not in names and (missing := why_missing(c.init_from)):
