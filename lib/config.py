@@ -1,6 +1,4 @@
-"""
-The settings of a run: from the command line or from Python, as plain values within their ranges.
-"""
+"""The settings of a run: from the command line or from Python, as plain values within their ranges."""
 
 import argparse
 import ast

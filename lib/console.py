@@ -1,6 +1,4 @@
-"""
-Console output that survives a closed pipe, user errors, and exit codes.
-"""
+"""Console output that survives a closed pipe, user errors, and exit codes."""
 
 from lib.start import IS_PROGRAM, die_of_interrupts
 

@@ -1,6 +1,4 @@
-"""
-The device of a rank, its name and peak, and its compiler.
-"""
+"""The device of a rank, its name and peak, and its compiler."""
 
 import functools
 import os

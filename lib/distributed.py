@@ -1,6 +1,4 @@
-"""
-Helpers for the ranks of a run, beyond torch.distributed. Without torchrun there is a single rank.
-"""
+"""Helpers for the ranks of a run, beyond torch.distributed. Without torchrun there is a single rank."""
 
 import contextlib
 import hashlib

@@ -1,6 +1,4 @@
-"""
-Several optimizers as one, and loading their state from a checkpoint that may be damaged, forged, or not theirs.
-"""
+"""Several optimizers as one, and loading their state from a checkpoint that may be damaged, forged, or not theirs."""
 
 import torch
 from torch.optim import AdamW

@@ -1,6 +1,4 @@
-"""
-Which code a run is of.
-"""
+"""Which code a run is of."""
 
 import hashlib
 import os

@@ -1,6 +1,4 @@
-"""
-The log_dir of a run: whose it is, its lock, and where it continues.
-"""
+"""The log_dir of a run: whose it is, its lock, and where it continues."""
 
 import contextlib
 import json

@@ -1,6 +1,4 @@
-"""
-log.txt, its kinds of records, and the clock. Lines are written complete; a full disk only delays them.
-"""
+"""log.txt, its kinds of records, and the clock. Lines are written complete; a full disk only delays them."""
 
 import contextlib
 import os

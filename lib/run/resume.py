@@ -1,6 +1,4 @@
-"""
-Restore a run from a checkpoint, or raise an error that says what does not match.
-"""
+"""Restore a run from a checkpoint, or raise an error that says what does not match."""
 
 import torch
 

@@ -1,6 +1,4 @@
-"""
-Bookkeeping around the training loop: steps, records, checkpoints, signals, and how a run ends.
-"""
+"""Bookkeeping around the training loop: steps, records, checkpoints, signals, and how a run ends."""
 
 import contextlib
 import copy

@@ -1,6 +1,4 @@
-"""
-Signals stop a run between two steps or batches, on all ranks together.
-"""
+"""Signals stop a run between two steps or batches, on all ranks together."""
 
 import contextlib
 import os

@@ -1,6 +1,4 @@
-"""
-The results of a run: a few lines for the console, and a page to share.
-"""
+"""The results of a run: a few lines for the console, and a page to share."""
 
 import math
 import time

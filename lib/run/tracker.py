@@ -1,6 +1,4 @@
-"""
-TensorBoard or wandb, which cannot stop the run that they follow.
-"""
+"""TensorBoard or wandb, which cannot stop the run that they follow."""
 
 import os
 import secrets
