@@ -3,14 +3,8 @@
 import hashlib
 import os
 import subprocess
-from pathlib import Path
 
-from lib.files import ROOT, hash_file
-
-
-def script_of(path):
-    """The name and the sha256 of a script, by which tools find the model of a checkpoint."""
-    return [Path(path).name, hash_file(path)]
+from lib.files import ROOT
 
 
 def code_version():

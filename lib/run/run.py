@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ import torch
 from lib.checkpoint import check_plain, path_of, save_checkpoint, set_aside
 from lib.console import Interrupted, Stopped, UserError, print0, say
 from lib.distributed import from_rank_0, is_main_rank, wait_for_all
-from lib.files import ROOT, atomic_write
+from lib.files import ROOT, atomic_write, hash_file
 from lib.optimizers import parts_of, settings_of
 from lib.run import summary
-from lib.run.code import code_version, script_of
+from lib.run.code import code_version
 from lib.run.log import METRICS, Log, Stopwatch, number_of, time_text
 from lib.run.resume import compare_runs, restore
 from lib.run.signals import catch_signals
@@ -57,7 +58,8 @@ class Run:
         self.max_steps = self.settings["max_steps"]
         self.parts = {name: part for name, part in contents.items() if hasattr(part, "state_dict")}
         self.facts = {name: part for name, part in contents.items() if name not in self.parts}
-        self.facts |= {"script": script_of(script), "commit": code_version()}
+        script = [Path(script).name, hash_file(script)]  # by which tools find the model of a checkpoint
+        self.facts |= {"script": script, "commit": code_version()}
         self.facts["optimizer_settings"] = settings_of(contents["optimizer"])
         self.step = self.tokens = self.nonfinite = 0
         self.metrics = {"val_loss": None}
@@ -133,10 +135,9 @@ class Run:
             self.before_due["model"] = {name: b.clone() for name, b in model.named_buffers() if name in kept}
         return is_due
 
-    def say(self, *messages):
-        """Print lines on rank 0, with the step in front."""
-        for message in messages:
-            print0(f"step {self.step:5d} | {message}")
+    def say(self, message):
+        """Print a line on rank 0, with the step in front."""
+        print0(f"step {self.step:5d} | {message}")
 
     def show_samples(self, texts):
         """Add texts that the model wrote to samples.txt, and print a line of each, but for those of random weights."""
@@ -222,11 +223,10 @@ class Run:
             self.wait_beside()
         if self.beside and self.beside.poll() is None:
             return
-        environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # a notebook's
         nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         command = [sys.executable, *map(str, command)]
         try:
-            self.beside = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **nowhere)
+            self.beside = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **nowhere)
             os.setpriority(os.PRIO_PROCESS, self.beside.pid, 19)
         except OSError as error:
             say(f"warning: cannot start {shlex.join(command)}: {error}")
