@@ -1,6 +1,4 @@
-"""
-Checkpoints: files written atomically, of plain data only, verified when they are read; and those in a run's folder.
-"""
+"""Checkpoints: files written atomically, of plain data only, verified when they are read; those in a run's folder."""
 
 import errno
 import hashlib
@@ -84,25 +82,20 @@ def write_checkpoint(path, contents):
 
 def load_checkpoint(path, mmap=False):
     """Load a checkpoint onto the CPU, as a dict with the entries of REQUIRED and more; with mmap, the ranks of a
-    machine share its memory. Raises UserError if it is damaged or not a checkpoint.
-    """
+    machine share its memory. Raises UserError if it is damaged or not a checkpoint."""
     try:
         with open(path, "rb") as file:
             left = file.seek(0, os.SEEK_END) - 66  # bytes before the comment
             file.seek(max(0, left))
             end = file.read()
             if not re.fullmatch(re.escape(COMMENT_LENGTH) + b"[0-9a-f]{64}", end):
-                remedy = (
-                    ": restore it, or, if another program wrote it, import it with python -m tools.import_model "
-                    f"{shlex.quote(str(path))} FOLDER"
-                )
-                raise UserError(f"{path} is truncated, or was not written by this trainer{recognize(path) or remedy}")
+                command = f"python -m tools.import_model {shlex.quote(str(path))} FOLDER"
+                what = recognize(path) or f": restore it, or, if another program wrote it, import it with {command}"
+                raise UserError(f"{path} is truncated, or was not written by this trainer{what}")
             file.seek(0)
             digest = hashlib.sha256()
-            while left:
-                chunk = file.read(min(1 << 20, left))
-                digest.update(chunk)
-                left -= len(chunk)
+            for start in range(0, left, 1 << 20):
+                digest.update(file.read(min(1 << 20, left - start)))
         digest.update(bytes(2))  # the comment length that torch wrote
         if end != COMMENT_LENGTH + digest.hexdigest().encode():
             raise UserError(f"{path} is damaged: its sha256 does not match. Copy it again, or use another one")
