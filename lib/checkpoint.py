@@ -144,7 +144,7 @@ def save_checkpoint(log_dir, contents, keep):
     """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to this step; None: keep all.
 
     If the disk is full, the oldest spare one is removed to make room. Returns the path, or False, with a warning, if it
-    could not be written. Raises UserError if the folder is gone, and for what could not be read again.
+    could not be written. Raises UserError for what could not be read again.
     """
     step = contents["step"]
     path = path_of(log_dir, step)
@@ -153,8 +153,6 @@ def save_checkpoint(log_dir, contents, keep):
             write_checkpoint(path, contents)
             break
         except (OSError, RuntimeError) as error:
-            if not log_dir.is_dir():
-                raise UserError(f"{log_dir}/ no longer exists: start again, or restore it and resume") from None
             older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if retry or not full or not keep or len(older) < 2:
