@@ -142,9 +142,7 @@ def rewind_log(path, step):
                 file.write(b"".join(dropped))
                 file.flush()
                 os.fsync(file.fileno())
-            say(
-                f"{path}: {len(dropped)} lines moved to {copy.name}: from step {step} on, to be rewritten, or malformed"
-            )
+            say(f"{path}: {len(dropped)} lines moved to {copy.name}: from step {step} on, or malformed")
         if path.exists():
             with atomic_write(path) as file:
                 file.write(b"".join(kept))
