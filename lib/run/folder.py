@@ -15,10 +15,8 @@ from lib.files import list_folder, lock_folder
 
 
 class RunFolder:
-    """`with RunFolder(...) as folder:` refuses a folder that holds another run, and releases it at the end.
-
-    stack: what is closed on exit; on_stop: what saves the run if a signal stops it.
-    """
+    """`with RunFolder(...) as folder:` refuses a folder that holds another run, and releases it at the end. stack: what
+    is closed on exit; on_stop: what saves the run if a signal stops it."""
 
     def __init__(self, path, resume):
         self.path = Path(path)
@@ -40,8 +38,7 @@ class RunFolder:
                 self.on_stop()
 
     def refuse_other_run(self):
-        names = [path.name for path in list_folder(self.path)]
-        if any(name == "log.txt" or NAME.fullmatch(name) for name in names):
+        if any(path.name == "log.txt" or NAME.fullmatch(path.name) for path in list_folder(self.path)):
             raise UserError(f"{self.path}/ holds a run: give --init_from resume, delete it, or give another --log_dir")
 
     def open(self, config, device):

@@ -97,10 +97,9 @@ class Run:
         except OSError as error:
             say(f"warning: {path}/config.json cannot be written: {error}")
         size = 12 * sum(p.numel() for p in self.parts["model"].parameters())  # weights and two moments in float32
-        if (free := shutil.disk_usage(path).free) < 2 * size:  # the one before is removed when the next is complete
-            say(
-                f"WARNING: {path}/ has {free / 1e6:,.0f} MB free, two checkpoints take {2 * size / 1e6:,.0f}: make room"
-            )
+        needed = 2 * size  # the checkpoint before is removed when the next one is complete
+        if (free := shutil.disk_usage(path).free) < needed:
+            say(f"WARNING: {path}/ has {free / 1e6:,.0f} MB free, two checkpoints take {needed / 1e6:,.0f}: make room")
         self.log = Log(path / "log.txt", self.step)
         self.samples = Log(path / "samples.txt", self.step)
         self.tracker = Tracker(self.settings.get("tracker"), path, self.step, self.settings)
