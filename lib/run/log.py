@@ -97,13 +97,9 @@ class Log:
             if end < self.end:
                 say(f"warning: {self.path} was truncated: {self.end - end:,} bytes of records are lost")
                 self.end = end
-            try:
-                if self.file.write(self.waiting) < len(self.waiting):
-                    raise OSError("only part of a record was written")
-            except OSError:
-                with contextlib.suppress(OSError):
-                    self.file.truncate(end)
-                raise
+            if self.file.write(self.waiting) < len(self.waiting):  # one write(2): where it fails, it wrote nothing
+                self.file.truncate(end)
+                raise OSError("only part of a record was written")
             self.end = end + len(self.waiting)
             self.waiting = b""
             self.failing = False
