@@ -62,11 +62,8 @@ class HashingWriter:
 
 
 def write_checkpoint(path, contents):
-    """Atomically write a dict of plain data and tensors to path. Raises OSError if that fails, and UserError for what
-    could not be read again.
-
-    The sha256 follows as the comment of the zip archive, since torch.load verifies nothing.
-    """
+    """Atomically write a dict of plain data and tensors to path. Its sha256 follows as the comment of the zip archive,
+    since torch.load verifies nothing. Raises OSError if that fails, and UserError for what could not be read again."""
     for name, value in contents.items():
         check_plain(value, name)
     with atomic_write(path) as file:
@@ -141,11 +138,9 @@ def remove(path):
 
 
 def save_checkpoint(log_dir, contents, keep):
-    """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to this step; None: keep all.
-
-    If the disk is full, the oldest spare one is removed to make room. Returns the path, or False, with a warning, if it
-    could not be written. Raises UserError for what could not be read again.
-    """
+    """Write log_dir/model_{step:05d}.pt, then remove all but the newest `keep` up to this step; None: keep all. If the
+    disk is full, the oldest spare one is removed to make room. Returns the path, or False, with a warning, if it could
+    not be written. Raises UserError for what could not be read again."""
     step = contents["step"]
     path = path_of(log_dir, step)
     for retry in (False, True):
@@ -169,8 +164,7 @@ def save_checkpoint(log_dir, contents, keep):
 
 
 def newest_whole_checkpoint(log_dir, mmap=False):
-    """(path, contents) of the newest checkpoint that loads, (None, None) if there are none. Warns of those that do not
-    load."""
+    """(path, contents) of the newest checkpoint that loads, (None, None) if there are none. Warns of newer ones."""
     paths = list_checkpoints(log_dir)[::-1]
     for path in paths:
         try:

@@ -64,12 +64,11 @@ def report(error):
 
 
 def run_as_command(run, *args, interrupted="", must_print=False):
-    """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback. must_print:
-    a line that cannot be printed is an error, too, since what the program prints is all that it gives.
+    """Call run(*args) as a program: a UserError becomes its message and exit code 2, without a traceback. interrupted:
+    the message after Ctrl-C. must_print: a line that cannot be printed is an error, too.
 
     A program stopped by a signal dies of that signal, or a shell loop would start the next run. Under torchrun it exits
-    with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137. interrupted: the message after
-    Ctrl-C.
+    with 0, or torchrun would restart it; if a machine's torchrun was killed, with 137.
     """
     is_rank = "TORCHELASTIC_RUN_ID" in os.environ
     code = number = 0

@@ -8,8 +8,7 @@ from lib.files import ROOT
 
 
 def code_version():
-    """Identifies this code: its commit, with a hash of uncommitted changes and new files; without git, a hash of the
-    files."""
+    """The commit of this code, with a hash of uncommitted changes and new files; without git, a hash of the files."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/**/*.py")])
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:7]
     if not (ROOT / ".git").exists():

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import statistics
 import time
 from collections import Counter, deque
 
@@ -30,16 +29,11 @@ def number_of(kind, value):
 
 
 class Stopwatch(Counter):
-    """Seconds by activity; as a string, the share of each. `last`: the seconds of the latest; recent: of the latest
-    training steps."""
+    """Seconds by activity, as text the share of each. last: of the latest; recent: of the latest training steps."""
 
     def __init__(self):
         super().__init__()
         self.recent = deque(maxlen=101)
-
-    @property
-    def median(self):
-        return statistics.median(self.recent)
 
     @contextlib.contextmanager
     def timing(self, what):
@@ -97,7 +91,7 @@ class Log:
             if end < self.end:
                 say(f"warning: {self.path} was truncated: {self.end - end:,} bytes of records are lost")
                 self.end = end
-            if self.file.write(self.waiting) < len(self.waiting):  # one write(2): where it fails, it wrote nothing
+            if self.file.write(self.waiting) < len(self.waiting):  # one write(2): if that fails, it wrote nothing
                 self.file.truncate(end)
                 raise OSError("only part of a record was written")
             self.end = end + len(self.waiting)

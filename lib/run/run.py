@@ -8,6 +8,7 @@ import random
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -159,7 +160,7 @@ class Run:
 
     def step_line(self, loss, lr, norm, finite, speed, mfu):
         """The console's line of a step. speed: tokens/s; mfu: None if the peak of the device is not known."""
-        left = time_text(self.clock.median * max(0, self.max_steps - self.step - 1))
+        left = time_text(statistics.median(self.clock.recent) * max(0, self.max_steps - self.step - 1))
         return (
             f"step {self.step:5d}/{self.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
             f"{1000 * self.clock.last:.2f} ms | {speed:,.0f} tok/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
