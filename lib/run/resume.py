@@ -35,10 +35,7 @@ def restore(checkpoint, parts):
 def compare_runs(before, now):
     """Raise UserError if the settings or the data of two runs (the contents of their checkpoints) differ such that the
     first could not be continued exactly. Returns the other changes as text."""
-    step, data, length = before["step"], before.get("data"), before["config"]["block_size"]
     old, new = before["train_config"], now["train_config"]
-    if step < 0 or not isinstance(data, dict) or length < old.get("sequence_length", 0):
-        raise UserError(f"cannot resume: the checkpoint has an invalid step ({step}), block_size ({length}) or data")
     for name in [name for name in new if name in FIXED or name in now["config"]]:
         default = old.get(name, now["config"].get(name))  # of a field that the model did not have yet
         was = before["config"].get(name, default)
@@ -47,8 +44,11 @@ def compare_runs(before, now):
                 f"cannot resume: {name} was {was} when the run began and is {new[name]} now: give --{name} {was}, or "
                 "start a new run in another --log_dir"
             )
-    for name in sorted({*before["data"], *now["data"]}):
-        was, found = before["data"].get(name, ["none"]), now["data"].get(name, ["none"])
+    step, data, length = before["step"], before.get("data"), before["config"]["block_size"]
+    if step < 0 or not isinstance(data, dict) or length < new["sequence_length"]:
+        raise UserError(f"cannot resume: the checkpoint has an invalid step ({step}), block_size ({length}) or data")
+    for name in sorted({*data, *now["data"]}):
+        was, found = data.get(name, ["none"]), now["data"].get(name, ["none"])
         both = [pair for pair in zip(was, found, strict=False) if None not in pair]  # None: no manifest, no sha256
         if len(was) != len(found) or any(a != b for a, b in both):
             raise UserError(
