@@ -151,8 +151,7 @@ def save_checkpoint(log_dir, contents, keep):
             older = [other for other in list_checkpoints(log_dir) if step_of(other) < step]
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if retry or not full or not keep or len(older) < 2:
-                newest = f"the newest one is {older[-1].name}" if older else "there is none yet"
-                say(f"WARNING: {path} COULD NOT BE SAVED, {newest}: {error}")
+                say(f"WARNING: {path} COULD NOT BE SAVED: {error}")
                 return False
             say(f"warning: the disk is full: removing {older[0]} to make room for {path.name}")
             remove(older[0])
@@ -178,8 +177,7 @@ def newest_whole_checkpoint(log_dir, mmap=False):
 
 def set_aside(log_dir, first_step):
     """Rename the checkpoints from first_step on, so that no resume uses them. Returns the newest remaining one."""
-    paths = list_checkpoints(log_dir)
-    for path in paths:
+    for path in list_checkpoints(log_dir):
         if step_of(path) >= first_step:
             os.replace(path, path.with_suffix(".pt.not_finite"))
-    return next((path for path in reversed(paths) if step_of(path) < first_step), None)
+    return next(reversed(list_checkpoints(log_dir)), None)
