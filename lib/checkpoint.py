@@ -37,10 +37,7 @@ def check_plain(value, name):
             check_plain(part, f"{name}[{place}]")
     elif type(value) not in SCALARS + TENSORS:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise UserError(
-            f"{name} is of type {kind}, which a checkpoint cannot hold: it holds dicts, lists, numbers, strings and "
-            "whole tensors"
-        )
+        raise UserError(f"{name} is of type {kind}: checkpoints hold dicts, lists, numbers, strings and whole tensors")
 
 
 class HashingWriter:

@@ -180,10 +180,8 @@ def problems(c, world_size, model_names):
     if c.init_from and c.init_from not in names and (missing := why_missing(c.init_from)):
         yield f"init_from {c.init_from!r} is not a file and none of {', '.join(names)}: {missing}"
     if c.vocab_size and c.vocab_size < VOCAB_SIZE and (c.sample_every or c.hellaswag_every):
-        yield (
-            f"vocab_size {c.vocab_size} is below the {VOCAB_SIZE} tokens of GPT-2: give at least that many, or "
-            "--sample_every 0 --hellaswag_every 0"
-        )
+        zeros = "--sample_every 0 --hellaswag_every 0"
+        yield f"vocab_size {c.vocab_size} is below GPT-2's {VOCAB_SIZE} tokens: give at least that many, or {zeros}"
     if c.tracker and not find_spec(c.tracker):
         yield f"tracker is {c.tracker!r}, which is not installed: pip install {c.tracker}, or leave out --tracker"
     if c.sample_every and c.sample_prompt == "":
