@@ -60,6 +60,8 @@ def report(error):
         return 128 + signal.SIGINT
     known = isinstance(error, UserError)
     say(f"{rank}error: {error}" if known else rank + "".join(traceback.format_exception(error)), sys.stderr)
+    if known and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        say(f"{rank}torchrun may start again, as --max-restarts asks: if that cannot help, press Ctrl-C", sys.stderr)
     return 2 if known else 1
 
 
