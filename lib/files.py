@@ -119,10 +119,7 @@ def lock_folder(folder, purpose="", wait=False):
         yield before
 
 
-def hash_file(path, digest=None):
-    """The hash of a file in hexadecimal, sha256 by default; read in pieces, since shards and downloads are large."""
-    digest = digest or hashlib.sha256()
+def hash_file(path, digest="sha256"):
+    """The hash of a file in hexadecimal; digest: its name, or a function that returns a hashlib object."""
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, digest).hexdigest()
