@@ -16,6 +16,7 @@ from lib.console import UserError, say
 
 ROOT = Path(__file__).parent.parent  # the repository
 OUR_TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # as atomic_write names them
+say_once = functools.cache(say)
 
 
 def expand(path):
@@ -35,8 +36,6 @@ def why_missing(path):
         os.stat(path)
     except OSError as error:
         return error.strerror
-    except ValueError as error:  # a NUL byte in the path
-        return str(error)
     return ""
 
 
@@ -77,12 +76,7 @@ def sync_folder(folder):
         finally:
             os.close(descriptor)
     except OSError as error:
-        warn_of_unsynced(folder, error.strerror)
-
-
-@functools.cache  # once per folder
-def warn_of_unsynced(folder, reason):
-    say(f"warning: {folder}/ cannot be synced ({reason}): after a power cut it may lack the newest files")
+        say_once(f"warning: {folder}/ cannot be synced ({error.strerror}): after a power cut it may lack new files")
 
 
 @contextlib.contextmanager
