@@ -31,14 +31,8 @@ def get_tokenizer():
     content = RANKS.read_bytes()  # tiktoken's own reader needs a folder for its cache
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
         raise UserError(f"{RANKS} is damaged: restore it, for example with git checkout")
-    ranks = dict(line.split() for line in content.splitlines())
-    return Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in ranks.items()},
-        special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=VOCAB_SIZE,
-    )
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+    return Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": EOT})
 
 
 def pieces(text):
