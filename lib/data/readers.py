@@ -13,7 +13,6 @@ from pathlib import Path
 
 from lib.console import UserError, say
 from lib.data.demo import demo_documents
-from lib.foreign import recognize
 from lib.tokenizer import pieces
 
 SUFFIX = re.compile(r"\.(parquet|(jsonl?|txt)(\.gz|\.zst)?)\Z", re.I)
@@ -160,8 +159,7 @@ def check_texts(paths, column, split_on, pool):
         shown = "\n  ".join(faults[:20] + ["..."] * (len(faults) > 20))
         raise UserError(f"{len(faults):,} of {len(paths):,} files cannot be used:\n  {shown}")
     if not any(have_text):
-        other = recognize(paths[0].parent)
-        raise UserError(f'no file has text, or none has it in "{column}": choose another --text_column{other}')
+        raise UserError(f'no file has text, or none has it in "{column}": choose another --text_column')
     if split_on and not any(have_separator):
         raise UserError(f"--split_on {split_on!r} never occurs in a .txt: check its spelling")
     if any(have_separator) and not split_on:
