@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.console import UserError, say
-from lib.data.shards import SHARD_NAME, Shard
+from lib.data.shards import Shard, split_of
 from lib.files import atomic_write, hash_file, list_folder
 
 
@@ -35,7 +35,7 @@ def find_manifest(out, wanted, files=None, verify=False):
     another source, of which `files` are the local ones, and for shards that do not match the manifest."""
     manifest = read_manifest(out)
     if not manifest:
-        if any(SHARD_NAME.fullmatch(path.name) for path in list_folder(out)):
+        if any(split_of(path.name) for path in list_folder(out)):
             raise UserError(f"{out} already holds shards of unknown origin: choose another --out or delete it")
         return None
     found = {key: manifest.get(key) for key in wanted if manifest.get(key) != wanted[key]}
