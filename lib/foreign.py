@@ -13,7 +13,6 @@ KINDS = (  # (name, first bytes, what it is: what helps); the first that fits
     ("*", b"GGUF", "llama.cpp's format, mostly rounded: use the weights that it was converted from"),
     ("*.h5", b"\x89HDF", f"a TensorFlow checkpoint: convert it with transformers 4, {SAVE.format('from_tf')}"),
     ("*.msgpack", b"", f"a Flax checkpoint: convert it with transformers 4, {SAVE.format('from_flax')}"),
-    ("*.ckpt.index", b"", "a TensorFlow checkpoint: fetch the same model as safetensors from the Hugging Face hub"),
     ("adapter_config.json", b"", "a LoRA adapter: merge it first, with merge_and_unload() of the library peft"),
     ("*.index.json", b"{", "the list of a model's parts: give their folder"),
     ("*.bin", (20240801).to_bytes(4, "little"), "Llama 3's tokens, by llm.c: build shards from the text by fineweb.py"),
