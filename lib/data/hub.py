@@ -36,11 +36,10 @@ def with_retries(what, attempt):
             retry, rate = (response.headers.get(name, "") for name in ("Retry-After", "RateLimit"))
             found = re.match(r"(\d+)", retry) or re.search(r"\bt=(\d+)", rate)
             asked = int(found[1]) if found else 0  # seconds
-        elif isinstance(error, (ConnectionError, TimeoutError)):
-            transient = not isinstance(error, OfflineModeIsEnabled)
-        else:  # errors of the file system have a number; the others are of `datasets`, which refuses a name
-            lasting = isinstance(error, (FileNotFoundError, ValueError, RuntimeError))
-            transient = not lasting and not getattr(error, "errno", None)
+        else:  # errors of the file system have a number; ValueError and RuntimeError: `datasets` refuses a name
+            lasting = isinstance(error, (FileNotFoundError, OfflineModeIsEnabled, ValueError, RuntimeError))
+            network = isinstance(error, (ConnectionError, TimeoutError)) or not getattr(error, "errno", None)
+            transient = network and not lasting
         failure = f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
         if not transient:
             raise UserError(failure) from error

@@ -47,10 +47,9 @@ def walk(root):
             files.append(path)
         else:  # manifest.json is ours, if --out is inside
             left_out["of another kind"] += 1
-    text = [path for path in files if format_of(path.name) != "json"]
-    if text:  # beside it, .json is more likely settings than text
-        left_out["of another kind"] += len(files) - len(text)
-    return sorted(text or files), left_out
+    text = [path for path in files if format_of(path.name) != "json"] or files  # beside text, .json is likely settings
+    left_out["of another kind"] += len(files) - len(text)
+    return sorted(text), left_out
 
 
 def sample_hash(path):
