@@ -69,15 +69,6 @@ def to_theirs(model):
     return theirs, {name: weight.contiguous() for name, weight in weights.items()}
 
 
-def vocabulary():
-    """OpenAI's vocab.json: {text of a token: id}. The text has a printable character for each byte."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in kept]  # get printable names, too, as in OpenAI's encoder.py
-    names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
-    tokens = map(get_tokenizer().decode_single_token_bytes, range(EOT))
-    return {**{"".join(names[byte] for byte in token): id for id, token in enumerate(tokens)}, "<|endoftext|>": EOT}
-
-
 def two_parts(token, ranks):
     """The two tokens that were merged into this one (bytes), found by applying the merges of lower ranks."""
     parts = [token[i : i + 1] for i in range(len(token))]
@@ -89,11 +80,15 @@ def two_parts(token, ranks):
 
 
 def write_tokenizer(folder, context):
-    """OpenAI's vocab.json and merges.txt, byte for byte, and the settings with which transformers reads them."""
-    vocab = vocabulary()
-    tokens = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
-    texts = dict(zip(tokens, vocab, strict=False))
-    merges = [" ".join(texts[part] for part in two_parts(token, tokens)) for token in tokens if len(token) > 1]
+    """OpenAI's vocab.json and merges.txt, byte for byte, and the settings with which transformers reads them. Their
+    texts have a printable character for each byte."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in kept]  # get printable names, too, as in OpenAI's encoder.py
+    names = {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    ranks = {get_tokenizer().decode_single_token_bytes(rank): rank for rank in range(EOT)}
+    texts = {token: "".join(names[byte] for byte in token) for token in ranks}
+    vocab = {**{texts[token]: rank for token, rank in ranks.items()}, "<|endoftext|>": EOT}
+    merges = [" ".join(texts[part] for part in two_parts(token, ranks)) for token in ranks if len(token) > 1]
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, "add_prefix_space": False}
     settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     (folder / "vocab.json").write_text(json.dumps(vocab))
