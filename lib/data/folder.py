@@ -18,12 +18,9 @@ def find_shards(data_root, splits=SPLITS, optional=()):
     names = {split: [name for name in paths if split_of(name) == split] for split in splits}
     for split in splits:
         if not names[split] and split not in optional:
-            other = recognize(data_root)
-            remedy = (
-                f": run python fineweb.py --out {data_root} (28 GB of FineWeb-Edu, or your own text with --source), or "
-                "try python train_gpt2.py --preset demo"
-            )
-            raise UserError(f"no *_{split}_*.npy shards in {data_root}/, nor .bin{other or remedy}")
+            build = f"python fineweb.py --out {data_root} (28 GB, or own text with --source)"
+            remedy = recognize(data_root) or f": run {build}, or try python train_gpt2.py --preset demo"
+            raise UserError(f"no *_{split}_*.npy shards in {data_root}/, nor .bin{remedy}")
     if hidden := sum(name.startswith(".") and split_of(name.lstrip("._")) is not None for name in paths):
         print0(f"{data_root}/: {hidden:,} hidden files skipped, though named like shards")
     manifest = read_manifest(data_root)

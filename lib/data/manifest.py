@@ -23,10 +23,8 @@ def read_manifest(folder):
         if not isinstance(manifest, dict) or not {"complete", "shards"} <= manifest.keys():
             raise ValueError("it lacks what fineweb.py writes")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged or cannot be read: {error}. If fineweb.py made it, delete {folder} and build it again; "
-            "if another program did, choose another folder for the shards"
-        ) from None
+        remedy = f"delete {folder} and build it again, or, if another program made it, choose another folder"
+        raise UserError(f"{path} is damaged or cannot be read: {error}; {remedy}") from None
     return manifest
 
 
