@@ -80,38 +80,31 @@ def find_sizes(path, config, weights, n_head):
     return sizes
 
 
-def read_foreign(path, n_head=None):
-    """A GPT-2 from another program's file: (checkpoint, as lib.model.load.rebuild takes it; notes for the user)."""
+def import_model(path, folder, n_head=None):
+    path = Path(expand(path))
+    folder = new_folder(folder)
     weights, config, others = read_file(path)
     weights = {WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
     weights = hugging_face.named_as_ours(weights, path)
     sizes = find_sizes(path, config, weights, n_head)
-    notes = [f"not imported: {', '.join(map(str, others))}"] if others else []
+    if others:
+        say(f"note: not imported: {', '.join(map(str, others))}")
     if "iter_num" in others:
-        notes.append("nanoGPT uses the exact GELU, this code GPT-2's approximation: logits differ by thousandths")
+        say("note: nanoGPT uses the exact GELU, this code GPT-2's approximation: logits differ by thousandths")
     if (rows := sizes["vocab_size"] - VOCAB_SIZE) > 0:
-        notes.append(f"{rows} rows of the embedding, beyond GPT-2's {VOCAB_SIZE:,} tokens, are dropped as padding")
+        say(f"note: {rows} rows of the embedding, beyond GPT-2's {VOCAB_SIZE:,} tokens, are dropped as padding")
     if weights["transformer.h.0.attn.c_attn.weight"].size(0) == sizes["n_embd"]:  # (in, out), as in OpenAI's files
         weights = GPT.from_openai(weights)
     weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     if not any(name.endswith(".bias") for name in weights):  # nanoGPT's bias=False
-        notes.append("the model has no biases: they are zeros, which change nothing")
+        say("note: the model has no biases: they are zeros, which change nothing")
         layers = [name for name in weights if not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))]
         weights |= {name.removesuffix("weight") + "bias": torch.zeros(len(weights[name])) for name in layers}
-    return {"config": sizes, "model": weights}, notes
-
-
-def import_model(path, folder, n_head=None):
-    path = Path(expand(path))
-    folder = new_folder(folder)
-    checkpoint, notes = read_foreign(path, n_head)
     try:
-        model = rebuild(checkpoint, GPT, GPTConfig)
+        model = rebuild({"config": sizes, "model": weights}, GPT, GPTConfig)
     except UserError as error:
         raise UserError(f"cannot import {path}: {error}") from None
     check_usable(path, model)
-    for note in notes:
-        say(f"note: {note}")
     write_folder(folder, model, {"imported from": path.name})
 
 
