@@ -186,10 +186,8 @@ def build(
     name=None, split="train", text_column="text", revision=None, verify=False, split_on=None,
 ):  # fmt: skip
     """Tokenize source into shards in the folder out and return its manifest. A finished folder is only checked, an
-    unfinished one is continued after its last shard. shard_size defaults to a tenth of the tokens estimated from the
-    sizes of the files, 100M at most. If another process builds in the folder, waits for it. Raises UserError for a
-    source that cannot be read and for a folder that holds something else.
-    """
+    unfinished one is continued after its last shard. shard_size defaults to a tenth of the estimated tokens, 100M at
+    most. Raises UserError for a source that cannot be read, and for a folder that holds something else."""
     out, workers = Path(expand(out)), workers or WORKERS
     about, files = find_source(source, name, split, text_column, revision, split_on)
     wanted = {**about, "tokenizer": "gpt2"} | ({"shard_size": shard_size} if shard_size else {})

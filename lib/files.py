@@ -81,12 +81,9 @@ def sync_folder(folder):
 
 @contextlib.contextmanager
 def lock_folder(folder, purpose="", wait=False):
-    """Create the folder and lock it for this process; the operating system releases the lock when the process ends.
-    Yields the note that the previous holder left; this one leaves its process id, host and `purpose`.
-
-    If another process holds the lock, waits for it, or raises UserError with its note. Deletes our own stale temporary
-    files.
-    """
+    """Create the folder, lock it until this process ends at the latest, and delete our own stale temporary files there.
+    Yields the note that the previous holder left; this one leaves its process id, host and `purpose`. If another
+    process holds the lock, waits for it, or raises UserError with its note."""
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
         try:

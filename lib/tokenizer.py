@@ -49,10 +49,8 @@ def pieces(text):
 
 
 def encode(text):
-    """The tokens of a text as uint32. A text that spells out <|endoftext|> is ordinary text; a lone surrogate is "?".
-
-    Raises UserError if tiktoken fails.
-    """
+    """The tokens of a text as uint32. <|endoftext|> in it is ordinary text, a lone surrogate is "?". Raises UserError
+    if tiktoken fails."""
     tokenizer = get_tokenizer()
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode("utf-8")
