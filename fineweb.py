@@ -211,15 +211,13 @@ def build(
             if not manifest and files and source != "demo":
                 check_texts([path for _, path in paths(0)], text_column, about["split_on"], pool)
             with lock_folder(out, wait=True):
-                if manifest != read_manifest(out):  # another process was at work
-                    manifest = find_manifest(out, wanted, files, verify)
-                    more, paths = open_source(source, about, files, manifest, out)
-                if manifest and manifest["complete"]:
-                    return manifest
-                return build_shards(out, wanted, manifest, more, paths, pool, workers)
+                if manifest == read_manifest(out):
+                    return build_shards(out, wanted, manifest, more, paths, pool, workers)
     except BrokenProcessPool as error:
         why = "see the message above; if there is none, it may lack memory: give fewer --workers"
         raise UserError(f"a worker process ended: {why}") from error
+    # another process was at work meanwhile
+    return build(source, out, shard_size, workers, start_method, name, split, text_column, revision, verify, split_on)
 
 
 def build_missing(source, out):
