@@ -159,14 +159,13 @@ def build_shards(out, wanted, manifest, more, paths, pool, workers):
     the complete manifest. paths(first): the (index, path) of the files from one on."""
     files = more["files"]
     estimate = estimate_tokens(files)
+    progress = manifest.pop("progress") if manifest else {"file": 0, "row": 0, "skip": 0}
     if not manifest:
         manifest = {"version": 3, "shard_size": 0, **wanted, **more}
         if not manifest["shard_size"]:
             manifest["shard_size"] = max(1, min(100_000_000, estimate // 10))
             say(f"{out}: shards of {manifest['shard_size']:,} tokens, since the source has about {estimate:,}")
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0, "shards": [], "complete": False}
-        manifest["progress"] = {"file": 0, "row": 0, "skip": 0}
-    progress = manifest.pop("progress")
     if manifest.get("version") != 3 and progress["row"] and format_of(files[progress["file"]]["file"]) == "txt":
         progress = {"file": 0, "row": 0, "skip": sum(shard["tokens"] for shard in manifest["shards"])}
         manifest |= {"documents": 0, "skipped_empty": 0, "tokens": 0}  # the rows of a .txt were others
@@ -214,8 +213,7 @@ def build(
                 if manifest == read_manifest(out):
                     return build_shards(out, wanted, manifest, more, paths, pool, workers)
     except BrokenProcessPool as error:
-        why = "see the message above; if there is none, it may lack memory: give fewer --workers"
-        raise UserError(f"a worker process ended: {why}") from error
+        raise UserError("a worker process ended; if no message says why, try fewer --workers") from error
     # another process was at work meanwhile
     return build(source, out, shard_size, workers, start_method, name, split, text_column, revision, verify, split_on)
 
