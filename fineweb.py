@@ -172,11 +172,10 @@ def build_shards(out, wanted, manifest, more, paths, pool, workers):
     pack_shards(out, manifest, progress, paths, estimate, "shard_size" not in wanted, pool, workers)
     manifest["complete"] = True
     write_manifest(out, manifest)
-    say(
-        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} "
-        f"shards; {manifest['skipped_empty']:,} documents without text left out; held out for validation: the first "
-        f"{manifest['shards'][0]['tokens']:,} tokens, in the order of the files in manifest.json"
-    )
+    found = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards"
+    left_out = f"{manifest['skipped_empty']:,} documents without text left out"
+    held_out = f"the first {manifest['shards'][0]['tokens']:,} tokens, in the order of the files in manifest.json"
+    say(f"{out}: {found}; {left_out}; held out for validation: {held_out}")
     return manifest
 
 

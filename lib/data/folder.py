@@ -35,11 +35,8 @@ def find_shards(data_root, splits=SPLITS, optional=()):
 
 
 class ShardFolder:
-    """A folder of token shards, each opened once. Raises UserError if shards are damaged or missing.
-
-    shards: the Shards of each split in name order; facts: what identifies them, by name, as plain data: the token
-    count, the sha256 from a manifest or None, the fingerprint.
-    """
+    """A folder of token shards, each opened once. Raises UserError if shards are damaged or missing. shards: those of
+    each split in name order; facts: by name, the token count, the sha256 from a manifest or None, the fingerprint."""
 
     def __init__(self, root, splits=SPLITS, optional=()):
         self.root = expand(root)
@@ -60,10 +57,9 @@ def open_shards(data_dir, T, sequences, validate):
     for split, need in {"train": sequences * T + 1, "val": T + 1 if validate else 0}.items():  # + 1: the last target
         found = sum(shard.length for shard in folder.shards[split])
         if found < need:
-            raise UserError(
-                f"{folder.root}/ has {found:,} {split} tokens, too few for one step of {sequences} sequences of {T} "
-                f"tokens, which needs {need:,}: build more, or lower --total_batch_size or --sequence_length"
-            )
+            step = f"one step of {sequences} sequences of {T} tokens, which needs {need:,}"
+            remedy = "build more, or lower --total_batch_size or --sequence_length"
+            raise UserError(f"{folder.root}/ has {found:,} {split} tokens, too few for {step}: {remedy}")
     return folder
 
 
@@ -90,10 +86,8 @@ class TokenStream:
             begin = start - int(self.ends[i]) + shard.length
             tokens = shard.read(begin, begin + end - start)
             if tokens.max() >= self.vocab_size:
-                raise UserError(
-                    f"{shard.path} has token id {tokens.max()} at offset {begin + tokens.argmax()}, not below "
-                    f"vocab_size {self.vocab_size}: it is damaged or from another tokenizer, build it again"
-                )
+                found = f"token id {tokens.max()} at offset {begin + tokens.argmax()}"
+                raise UserError(f"{shard.path} has {found}, not below vocab_size {self.vocab_size}: build it again")
             pieces.append(tokens)
             start += len(tokens)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

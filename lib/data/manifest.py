@@ -40,16 +40,13 @@ def find_manifest(out, wanted, files=None, verify=False):
     if "revision" in found and "source" not in found and files and files != manifest["files"]:
         old, new = ({tuple(file.items()) for file in of} for of in (manifest["files"], files))
         names = sorted({dict(file)["file"] for file in old ^ new})
-        raise UserError(
-            f"{out} holds shards of {wanted['source']} as it was; changed, new or gone since then: "
-            f"{', '.join(names[:9] + ['...'] * (len(names) > 9))}. Restore them, choose another --out, or delete {out}"
-        )
+        changed = f"changed, new or gone since then: {', '.join(names[:9] + ['...'] * (len(names) > 9))}"
+        remedy = f"Restore them, choose another --out, or delete {out}"
+        raise UserError(f"{out} holds shards of {wanted['source']} as it was; {changed}. {remedy}")
     if found:
         asked = {key: wanted[key] for key in found}
-        raise UserError(
-            f"{out} already holds shards of {manifest.get('source')} with {found}, not with {asked}: start again with "
-            "the same flags as before, choose another --out, or delete it"
-        )
+        remedy = "give the same flags as before, choose another --out, or delete it"
+        raise UserError(f"{out} already holds shards of {manifest.get('source')} with {found}, not {asked}: {remedy}")
     for shard in manifest["shards"]:
         path = out / shard["file"]
         if Shard.open(path).length != shard["tokens"] or (verify and hash_file(path) != shard["sha256"]):
