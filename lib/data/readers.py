@@ -18,7 +18,6 @@ from lib.tokenizer import pieces
 SUFFIX = re.compile(r"\.(parquet|(jsonl?|txt)(\.gz|\.zst)?)\Z", re.I)
 FORMATS = ".parquet, .jsonl, .json (one object per line) and .txt, the last three also as .gz or .zst"
 MARK = "<|endoftext|>"  # separates the documents in many a .txt
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 DECODER = json.JSONDecoder(parse_int=float)  # int() refuses 5,000 digits; numbers are not needed
 
 
@@ -53,7 +52,7 @@ def table_documents(path, column, row):
 
 def open_text(path):
     """Open a file of text for reading bytes, decompressed if its name ends in .gz or .zst."""
-    compression = COMPRESSION.get(path.suffix.lower())
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     if not compression:
         return open(path, "rb")
     import pyarrow

@@ -25,10 +25,8 @@ TOKENS_PER_BYTE = {".parquet": 0.375, ".jsonl": 0.25, ".json": 0.25, ".txt": 0.2
 
 
 def walk(root):
-    """Returns (the paths of the files of text at a path and below, sorted; how many others there are by reason).
-
-    Links are followed. What is linked twice is read once: by its own name, if it is below the folder.
-    """
+    """Return (the paths of the files of text at a path and below, sorted; how many others there are by reason). Links
+    are followed. What is linked twice is read once: by its own name, if it is below the folder."""
     files, left_out, seen = [], Counter(), set()
     queue = deque([root])
     while queue:
