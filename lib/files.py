@@ -62,8 +62,7 @@ def atomic_write(path):
         os.replace(temporary, path)
         sync_folder(path.parent)  # makes the rename durable
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from lib.console import UserError, say
 from lib.data.readers import FORMATS, format_of
@@ -88,10 +89,8 @@ def fetch(dataset, commit, file, folder):
     """Download one file into the folder, unless it is there already, verify its hash, and return its path."""
     from huggingface_hub import hf_hub_download
 
-    path = folder / file["file"]
-
     def attempt():
-        hf_hub_download(dataset, file["file"], repo_type="dataset", revision=commit, local_dir=folder)
+        path = Path(hf_hub_download(dataset, file["file"], repo_type="dataset", revision=commit, local_dir=folder))
         git = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
         if (found := hash_file(path, "sha256" if len(file["hash"]) == 64 else lambda: git)) != file["hash"]:
             path.unlink()  # the client would accept it the next time

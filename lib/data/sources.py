@@ -54,11 +54,9 @@ def sample_hash(path):
     """The hash of a file's size and of four evenly spread pieces of 16 kB: detects other content at almost no cost."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(str(size).encode())
-        for i in range(4):
-            file.seek(max(0, size - (16 << 10)) * i // 3)
-            digest.update(file.read(16 << 10))
-    return digest.hexdigest()
+        starts = [max(0, size - (16 << 10)) * i // 3 for i in range(4)]
+        pieces = [os.pread(file.fileno(), 16 << 10, start) for start in starts]
+    return hashlib.sha256(b"".join([str(size).encode(), *pieces])).hexdigest()
 
 
 def find_files(root):
