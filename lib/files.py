@@ -20,8 +20,7 @@ say_once = functools.cache(say)
 
 
 def expand(path):
-    """A path as a str, with a leading ~ expanded (neither Python nor `--flag=~/x` does). Raises UserError for the home
-    of a user who does not exist, and for a URL such as s3://bucket/x."""
+    """A path as a str, with a leading ~ expanded, also of --flag=~/x. Raises UserError for an unknown user or a URL."""
     expanded = os.path.expanduser(os.fspath(path))
     if expanded.startswith("~"):
         raise UserError(f"{path} begins with ~, and there is no such user: write ./{path} for a file of that name")

@@ -13,8 +13,7 @@ from lib.files import atomic_write, hash_file, list_folder
 
 
 def read_manifest(folder):
-    """The manifest of a folder of shards, or None if it has none (shards made by other tools). Raises UserError
-    for one that fineweb.py cannot have written."""
+    """The manifest of a folder of shards, None if there is none. Raises UserError for one that is not fineweb.py's."""
     path = Path(folder) / "manifest.json"
     if path not in list_folder(folder):
         return None
@@ -52,9 +51,8 @@ def find_manifest(out, wanted, files=None, verify=False):
         if Shard.open(path).length != shard["tokens"] or (verify and hash_file(path) != shard["sha256"]):
             raise UserError(f"{path} is not the shard that its manifest lists: delete {out} and build it again")
     if manifest["complete"]:
-        tokens = sum(shard["tokens"] for shard in manifest["shards"])
         checked = "sha256" if verify else "size"
-        say(f"{out} is already complete: {len(manifest['shards'])} shards, {tokens:,} tokens, every {checked} correct")
+        say(f"{out} is already complete: {manifest['tokens']:,} tokens, every {checked} correct")
     return manifest
 
 
