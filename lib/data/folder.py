@@ -42,12 +42,9 @@ class ShardFolder:
         self.root = expand(root)
         OpenFile.cache_clear()  # an earlier run of this process may have opened shards that were replaced since
         names, hashes = find_shards(self.root, splits, optional)
-        self.shards = {split: [Shard.open(f"{self.root}/{name}") for name in names[split]] for split in splits}
-        self.facts = {
-            name: (shard.length, hashes.get(name), shard.fingerprint)
-            for split in splits
-            for name, shard in zip(names[split], self.shards[split], strict=True)
-        }
+        shards = {name: Shard.open(f"{self.root}/{name}") for split in splits for name in names[split]}
+        self.shards = {split: [shards[name] for name in names[split]] for split in splits}
+        self.facts = {name: (shard.length, hashes.get(name), shard.fingerprint) for name, shard in shards.items()}
 
 
 def open_shards(data_dir, T, sequences, validate):

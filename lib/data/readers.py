@@ -82,17 +82,16 @@ def read_text(path):
 def text_documents(path, split_on):
     """The documents of a .txt, a single one unless split_on is given, without the newlines around a separator. A long
     one comes in pieces, which are tokenized in parallel."""
-    content = read_text(path)
+    content = read_text(path)  # bytes: a str may be four times as large
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-LFS pointer to the text: run git lfs pull in its folder first")
     if content.count(b"\0") > len(content) // 100:  # much of UTF-16 is valid UTF-8
         raise UserError(f"{path} is not UTF-8 but looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW")
-    texts = content.split(split_on.encode()) if split_on else [content]  # of bytes: a str may be four times as large
-    if split_on and not texts[-1].strip(b"\n"):  # after a separator at the end
+    texts = [text.strip(b"\n") for text in content.split(split_on.encode())] if split_on else [content]
+    if split_on and not texts[-1]:  # after a separator at the end
         texts.pop()
     for text in texts:
-        document = (text.strip(b"\n") if split_on else text).decode()
-        for number, piece in enumerate(pieces(document)):
+        for number, piece in enumerate(pieces(text.decode())):
             yield More(piece) if number else piece
 
 
