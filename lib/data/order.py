@@ -24,11 +24,9 @@ def feistel(x, key, half):
 
 
 def shuffle(index, n, seed, epoch):
-    """The place of position `index` of an epoch: a permutation of range(n) for each (seed, epoch).
-
-    index and epoch are int64 arrays of one shape, and so is the result. Results outside of range(n) are permuted
-    again until they are inside, which keeps it a bijection (cycle walking).
-    """
+    """The place of position `index` of an epoch: a permutation of range(n) for each (seed, epoch). All three are int64
+    arrays of one shape. Results outside of range(n) are permuted again until they are inside, which keeps it a
+    bijection (cycle walking)."""
     half = (max(n - 1, 1).bit_length() + 1) // 2
     key = mix(mix(np.uint64(seed) + np.zeros(len(index), np.uint64)) + epoch.astype(np.uint64))
     x = feistel(index.astype(np.uint64), key, half)
