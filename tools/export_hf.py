@@ -102,10 +102,13 @@ def compare_logits(folder, model, doubt):
     result as text; doubt: why this code may not be the one that trained the model, or ""."""
     try:
         from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
     except ImportError:
         if odd := asdict(model.config).keys() - CONFIG.keys():
             raise UserError(f"to check that a model with {', '.join(odd)} is GPT-2, pip install transformers") from None
         return "not compared with transformers, which is not installed: make sure that the model is still GPT-2"
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     T = model.config.block_size  # all positions: a change of the model may affect only the far ones
     idx = torch.randint(EOT + 1, (1, T), generator=torch.Generator().manual_seed(0))
