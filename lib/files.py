@@ -61,7 +61,8 @@ def atomic_write(path):
         os.replace(temporary, path)
         sync_folder(path.parent)  # makes the rename durable
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder):
