@@ -4,6 +4,8 @@ takes it only if it computes what GPT.forward shows.
 """
 
 import contextlib
+import copy
+import functools
 import math
 import time
 
@@ -14,13 +16,12 @@ from lib.model.trial import check_head, restored
 from lib.tokenizer import EOT
 
 CHUNK = 512  # tokens
-buffers = {}  # reusable memory for the logits of a chunk, by vocabulary size and dtype
 
 
+@functools.cache
 def logits_buffer(vocab_size, dtype):
-    if (vocab_size, dtype) not in buffers:
-        buffers[vocab_size, dtype] = torch.empty(CHUNK, vocab_size, dtype=dtype)
-    return buffers[vocab_size, dtype]
+    """Memory for the logits of a chunk, the same in every step."""
+    return torch.empty(CHUNK, vocab_size, dtype=dtype)
 
 
 def chunked_cross_entropy(x, weight, targets):
@@ -63,7 +64,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def trial(model, x, y, fast):
     """(losses in train and eval mode, gradients by name, seconds) of a forward and backward with `fast` or, if that is
-    None, with the loss that GPT.forward shows. Nothing of the model changes."""
+    None, with the loss that GPT.forward shows. Both begin with the same buffers and random state."""
     model.fast_loss = fast
     with restored(model):
         torch.manual_seed(0)
@@ -97,11 +98,10 @@ def fast_loss(model, tokens):
     Tried in float32 with other weights and buffers: with those of the beginning, a change of the logits may be smaller
     than the rounding, or still be switched off by a zero."""
     check_head(model)
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    if parameters[0].device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu":
         return None
+    model = copy.deepcopy(model)
     draw = torch.Generator().manual_seed(0)
-    before = [p.detach().clone() for p in parameters]
     V = model.config.vocab_size
     ids = torch.randint(V, (2, model.config.block_size + 1), generator=draw)  # a row of random ids, a row of text
     ids[0, ::5] = min(EOT, V - 1)  # some changes concern the ends of documents
@@ -109,22 +109,14 @@ def fast_loss(model, tokens):
     ids[1, : len(text)] = text
     x, y = ids[:, :-1], ids[:, 1:].clone()
     y[0, ::7] = -100
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value += 3 * model.config.n_embd**-0.5 * torch.randn(value.shape, generator=draw)
+    shown = trial(model, x, y, None)
     fast = None
-    try:
-        with restored(model):
-            with torch.no_grad():
-                for value in (*parameters, *[b for b in model.buffers() if b.is_floating_point()]):
-                    value += 3 * model.config.n_embd**-0.5 * torch.randn(value.shape, generator=draw)
-            shown = trial(model, x, y, None)
-            with contextlib.suppress(Exception):  # it needs the head to be one matrix
-                fast = trial(model, x, y, chunked_cross_entropy)
-    finally:
-        model.fast_loss = None
-        model.zero_grad()
-        model.train()
-        with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old)
+    with contextlib.suppress(Exception):  # it needs the head to be one matrix
+        fast = trial(model, x, y, chunked_cross_entropy)
     if fast and equal(shown, fast):
         return chunked_cross_entropy
     print0(
