@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -23,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -86,27 +86,24 @@ def apply_diff(text, folder):
 
 def copy_code(source, folder, diff=None):
     """Copy the scripts in `source` to folder/code_HASH, with a diff (the path of its file) applied, and return that."""
-    copy = folder / f"code.{os.getpid()}.tmp"
     try:
-        shutil.rmtree(copy, ignore_errors=True)
-        copy.mkdir(parents=True)
-        for name in ("lib", "assets"):
-            shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for path in source.glob("*.py"):
-            shutil.copy(path, copy)
-        if diff:
-            apply_diff(Path(expand(diff)).read_text(encoding="utf-8"), copy)
-        files = sorted(path for path in copy.rglob("*") if path.is_file())
-        digest = hashlib.sha256()
-        for path in files:
-            digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes() + b"\0")
-        place = folder / f"code_{digest.hexdigest()[:10]}"
-        if not place.exists():
-            copy.rename(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            copy = Path(temporary) / "code"
+            for name in ("lib", "assets"):
+                shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            for path in source.glob("*.py"):
+                shutil.copy(path, copy)
+            if diff:
+                apply_diff(Path(expand(diff)).read_text(encoding="utf-8"), copy)
+            digest = hashlib.sha256()
+            for path in sorted(path for path in copy.rglob("*") if path.is_file()):
+                digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes() + b"\0")
+            place = folder / f"code_{digest.hexdigest()[:10]}"
+            if not place.exists():
+                copy.rename(place)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot copy the code to compare into {folder}/: {error}") from None
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
     return place
 
 
