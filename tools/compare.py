@@ -39,8 +39,8 @@ from lib.files import ROOT, atomic_write, expand, list_folder
 from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, save, smooth, tokens_at
 from train_gpt2 import PRESETS
 
-QUIET = [f"--{what}_every=0" for what in ("val", "hellaswag", "sample", "plot")]  # while training
-MEASURE = ["--init_from=resume", "--val_every=1", f"--val_tokens={2**40}"]  # then: the loss on the whole split
+QUIET = [f"--{what}_every=0" for what in ("hellaswag", "sample", "plot")]
+MEASURE = [f"--val_every={2**40}", f"--val_tokens={2**40}"]  # at the beginning and the end, on the whole split
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)  # exit codes of a run that others ended
 SHOWN = ("better", "worse")
 # the 97.5% quantile of Student's t with 1, 2, ... degrees of freedom
@@ -156,11 +156,10 @@ def train(folder, code, flags, seed):
             return {"run": run, **result}
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    flags = [*flags, "--seed", str(seed)]
-    start(code, flags + ["--init_from", "resume"] * (run / "config.json").exists(), run)
+    resume = ["--init_from", "resume"] * (run / "config.json").exists()
+    start(code, [*flags, *MEASURE, *resume, "--seed", str(seed)], run)
     if not list_checkpoints(run):
         raise UserError(f"{run}/ has no checkpoint: leave out --checkpoint_every 0")
-    start(code, flags + MEASURE, run)
     end = load_checkpoint(newest_checkpoint(run))
     if not math.isfinite(end["val_loss"]):
         raise DoesNotTrain(f"the validation loss is {end['val_loss']}")
