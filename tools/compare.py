@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,6 @@ from train_gpt2 import PRESETS
 QUIET = [f"--{what}_every=0" for what in ("hellaswag", "sample", "plot")]
 MEASURE = [f"--val_every={2**40}", f"--val_tokens={2**40}"]  # at the beginning and the end, on the whole split
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)  # exit codes of a run that others ended
-SHOWN = ("better", "worse")
 # the 97.5% quantile of Student's t with 1, 2, ... degrees of freedom
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -206,18 +204,14 @@ def describe(v):
 
 
 def draw(v, sides, out):
-    """The curves of both sides and the differences by seed, as a picture. sides: the results of each, by seed."""
+    """The mean curves of both sides and the differences by seed, as a picture. sides: the results of each, by seed."""
     curves = []
     for results, name, color in zip(sides, ("changed", "unchanged"), ("C1", "C0"), strict=True):
-        lines = []
-        for result in results:
-            run = read_run(result["run"], None)
-            steps, losses = np.array(sorted(run.records["train"].items()), dtype=float).T
-            tokens, losses = tokens_at(run, steps), smooth(losses)
-            curves.append((tokens, losses, {"color": color, "linewidth": 0.5, "alpha": 0.5}))
-            lines.append(losses)
-        curves.append((tokens, np.mean(lines, axis=0), {"color": color, "linewidth": 1.8, "label": name}))
-    end = max(tokens.max() for tokens, _, _ in curves)
+        runs = [read_run(result["run"], None) for result in results]
+        losses = [smooth(np.array([*run.records["train"].values()])) for run in runs]
+        tokens = tokens_at(runs[0], np.array([*runs[0].records["train"]]))
+        curves.append((tokens, np.mean(losses, axis=0), {"color": color, "label": name}))
+    end = max(tokens[-1] for tokens, _, _ in curves)
     unit = next(unit for unit in UNITS if unit <= end)
     figure = Figure((12, 5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -241,31 +235,30 @@ def draw(v, sides, out):
 # The comparison
 
 
-def train_in_pairs(sides, seeds, folder):
-    """Yield the results of both sides when the runs of a seed are finished. sides: (name, code, flags) of each."""
-    for seed in range(1, seeds + 1):
-        pair, failed = [], []
-        for name, code, flags in sides:
-            begin = time.monotonic()
-            try:
-                result = train(folder, code, flags, seed)
-            except DoesNotTrain as error:
-                failed.append(f"{name}, seed {seed}: {error}")
-                continue  # whether the other side fails, too
-            except UserError as error:
-                raise UserError(f"{name}, seed {seed}: {error}") from None
-            took = f"{time.monotonic() - begin:.0f} s"
-            say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {result['run']}")
-            pair.append(result)
-        if failed:
-            raise DoesNotTrain("; ".join(failed))
-        yield pair
+def train_pair(sides, seed, folder):
+    """The results of both sides with a seed. sides: (name, code, flags) of each."""
+    pair, failed = [], []
+    for name, code, flags in sides:
+        try:
+            result = train(folder, code, flags, seed)
+        except DoesNotTrain as error:
+            failed.append(f"{name}, seed {seed}: {error}")
+            continue  # whether the other side fails, too
+        except UserError as error:
+            raise UserError(f"{name}, seed {seed}: {error}") from None
+        took = f"{result['seconds']:.0f} s of training"
+        say(f"seed {seed}, {name:9} | val loss {result['val_loss']:.4f} | {took} | {result['run']}")
+        pair.append(result)
+    if failed:
+        raise DoesNotTrain("; ".join(failed))
+    return pair
 
 
 def report(v, sides):
     """Print what stands beside the verdict: the value of the pairs, and what the change costs. sides: results."""
-    enough = f"; about {v['pairs_for_half']} pairs would show half the difference" if v["verdict"] in SHOWN else ""
-    say(f"without pairing: 95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}{enough}")
+    say(f"without pairing: 95% from {v['unpaired_low']:+.4f} to {v['unpaired_high']:+.4f}")
+    if v["verdict"] in ("better", "worse"):
+        say(f"about {v['pairs_for_half']} pairs would show half the difference")
     for name, results in zip(("changed", "unchanged"), sides, strict=True):
         cost = {"seconds": statistics.median(result["seconds"] for result in results)}
         cost["tokens_per_second"] = statistics.median(result["tokens"] / result["seconds"] for result in results)
@@ -278,9 +271,9 @@ def report(v, sides):
     )
 
 
-def compare(args, only):
-    """Train in pairs and print the verdict. only: the flags of the changed side."""
-    for flag in args.both + only:
+def compare(args):
+    """Train in pairs and print the verdict."""
+    for flag in args.both + args.only:
         if re.match(r"--(preset|seed|log[-_]dir)\b", flag):
             raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
     for path in filter(None, (args.out, args.json)):
@@ -290,11 +283,11 @@ def compare(args, only):
     flags = ["--preset", args.preset, *QUIET, *args.both]
     changed = copy_code(Path(expand(args.code or ROOT)), folder, args.diff)
     unchanged = copy_code(ROOT, folder)
-    sides = [("changed", changed, flags + only), ("unchanged", unchanged, flags)]  # a wrong flag shows at once
+    sides = [("changed", changed, flags + args.only), ("unchanged", unchanged, flags)]  # a wrong flag shows at once
     pairs = []
     try:
-        for pair in train_in_pairs(sides, args.seeds, folder):
-            pairs.append(pair)
+        for seed in range(1, args.seeds + 1):
+            pairs.append(train_pair(sides, seed, folder))
             if len(pairs) > 1:
                 results = list(zip(*pairs, strict=True))
                 verdict = judge(*[[result["val_loss"] for result in side] for side in results])
@@ -313,10 +306,7 @@ def compare(args, only):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Judge a change by runs in pairs, one pair for each seed", allow_abbrev=False,
-        usage="%(prog)s [flags] [-- flags of train_gpt2.py for the changed side]",
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(description="Judge a change by pairs of runs with equal seeds", allow_abbrev=False)
     default = " (default: %(default)s)"
     change = parser.add_mutually_exclusive_group()
     change.add_argument("--code", help="a folder with an edited copy of the scripts, for the changed side")
@@ -328,12 +318,11 @@ def main(argv=None):
     parser.add_argument("--out", default="compare.png", help="the picture, a .png, .pdf or .svg" + default)
     parser.add_argument("--json", help="write the verdict and its numbers to this file")
     parser.add_argument("--folder", default="compare", help="of the runs and the copied code" + default)
-    argv = sys.argv[1:] if argv is None else argv
-    own, only = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    args = parser.parse_args(own)
+    parser.add_argument("only", nargs="*", metavar="-- FLAG", help="flags of train_gpt2.py for the changed side")
+    args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error("--seeds must be 2 or more: a single pair has no interval")
-    return run_as_command(compare, args, only, interrupted="interrupted: the same command continues")
+    return run_as_command(compare, args, interrupted="interrupted: the same command continues")
 
 
 if __name__ == "__main__":
