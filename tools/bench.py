@@ -12,7 +12,8 @@ import argparse
 import contextlib
 import statistics
 import sys
-import time
+import timeit
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -94,11 +95,7 @@ def main(argv=None):
     for name, on in rows + [("transformers", names)] * bool(find_spec("transformers")):
         torch.compiler.reset()  # it is limited to a number of models
         trainer = Trainer(device, config, on, peer=name == "transformers")
-        times = []
-        for _ in range(13):
-            start = time.perf_counter()
-            trainer.step(x, y)
-            times.append(time.perf_counter() - start)
+        times = timeit.repeat(partial(trainer.step, x, y), number=1, repeat=13)
         seconds = statistics.median(times[3:])  # without the first ones, which warm up
         speed = batch * config.sequence_length / seconds
         peak = mfu(speed * trainer.flops, device)
