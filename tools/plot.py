@@ -67,16 +67,12 @@ def read_log(path):
 def read_run(name, tokens_per_step):
     """The run of a log.txt or log_dir, with its settings from config.json, which tokens_per_step overrides."""
     path = Path(expand(name))
-    if os.path.isdir(path):
-        path /= "log.txt"
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path / "log.txt" if os.path.isdir(path) else path))
     records = read_log(path)
     config = {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # none, or another program's
         config = {**json.loads(path.with_name("config.json").read_bytes())}
-    batch = config.get("total_batch_size")
-    if tokens_per_step is not None:
-        batch = tokens_per_step
+    batch = config.get("total_batch_size") if tokens_per_step is None else tokens_per_step
     if not isinstance(batch, int) or batch < 1:
         raise UserError(
             f"{path} has no config.json beside it that says how many tokens a step has: give --tokens_per_step, the "
