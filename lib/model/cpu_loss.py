@@ -12,7 +12,6 @@ import time
 import torch
 
 from lib.console import print0
-from lib.model.trial import check_head, restored
 from lib.tokenizer import EOT
 
 CHUNK = 512  # tokens
@@ -64,20 +63,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def trial(model, x, y, fast):
     """(losses in train and eval mode, gradients by name, seconds) of a forward and backward with `fast` or, if that is
-    None, with the loss that GPT.forward shows. Both begin with the same buffers and random state."""
+    None, with the loss that GPT.forward shows.
+
+    Of a copy with other weights and buffers, the same each time: with those of the beginning, a change of the logits
+    may be smaller than the rounding, or still be switched off by a zero."""
+    model = copy.deepcopy(model)
     model.fast_loss = fast
-    with restored(model):
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
+        with torch.no_grad():
+            for value in (*model.parameters(), *model.buffers()):
+                if value.is_floating_point():
+                    value += 3 * model.config.n_embd**-0.5 * torch.randn_like(value)
         start = time.perf_counter()
         _, loss = model(x, y, return_logits=False)
         loss.backward()
         seconds = time.perf_counter() - start
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
         model.eval()
         with torch.no_grad():
             _, in_eval = model(x, y, return_logits=False)
-        model.train()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return (loss.item(), in_eval.item()), gradients, seconds
 
 
@@ -93,14 +98,9 @@ def equal(a, b):
 
 def fast_loss(model, tokens):
     """chunked_cross_entropy if on this model, a GPT on a CPU, it gives the losses and gradients of the lines in
-    GPT.forward, else None, with a message. tokens: some of the training data.
-
-    Tried in float32 with other weights and buffers: with those of the beginning, a change of the logits may be smaller
-    than the rounding, or still be switched off by a zero."""
-    check_head(model)
+    GPT.forward, tried in float32, else None, with a message. tokens: some of the training data."""
     if next(model.parameters()).device.type != "cpu":
         return None
-    model = copy.deepcopy(model)
     draw = torch.Generator().manual_seed(0)
     V = model.config.vocab_size
     ids = torch.randint(V, (2, model.config.block_size + 1), generator=draw)  # a row of random ids, a row of text
@@ -109,10 +109,6 @@ def fast_loss(model, tokens):
     ids[1, : len(text)] = text
     x, y = ids[:, :-1], ids[:, 1:].clone()
     y[0, ::7] = -100
-    with torch.no_grad():
-        for value in (*model.parameters(), *model.buffers()):
-            if value.is_floating_point():
-                value += 3 * model.config.n_embd**-0.5 * torch.randn(value.shape, generator=draw)
     shown = trial(model, x, y, None)
     fast = None
     with contextlib.suppress(Exception):  # it needs the head to be one matrix

@@ -18,7 +18,6 @@ from lib.console import UserError, print0
 from lib.device import attention_kernel, name_of, peak_tflops
 from lib.distributed import sum_over_ranks, wait_for_all
 from lib.model.cpu_loss import CHUNK, fast_loss
-from lib.model.trial import restored
 from lib.optimizers import make_moments, parts_of, state_like
 
 SPARE = 64 << 20  # bytes of a GPU that are left free for kernels that are loaded later
@@ -107,6 +106,36 @@ def try_step(ddp, optimizer, B, T, autocast, micro_steps=2, also=None):
     del spare, state
 
 
+@contextlib.contextmanager
+def restored(model):
+    """Restore the model's buffers, which some forwards move, and torch's random states."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if model.get_buffer(name).shape == value.shape:
+                    model.get_buffer(name).copy_(value)
+                else:  # it has grown
+                    owner, _, own_name = name.rpartition(".")
+                    setattr(model.get_submodule(owner), own_name, value)
+
+
+@torch.no_grad()
+def check_head(model):
+    """Warn if forward() changes the logits after head(), which samples and HellaSwag call alone."""
+    device = next(model.parameters()).device
+    idx = torch.arange(min(8, model.config.block_size, model.config.vocab_size), device=device)[None]
+    model.eval()
+    logits = model(idx)[0]
+    alone = model.head(model.hidden_states(idx))
+    model.train()
+    if not torch.allclose(logits, alone, rtol=1e-6, atol=0, equal_nan=True):
+        print0("warning: forward() changes the logits after head(), which samples and HellaSwag call: change it there")
+
+
 def warm_up(model, device):
     """Two synchronized backwards of one token, not compiled, in which cuBLAS allocates its memory and DDP orders its
     buckets. From the second on each .grad is a view of a bucket; earlier gradients would be a second copy."""
@@ -180,6 +209,7 @@ def rehearse(config, model, ddp, optimizer, autocast, device, world_size, data, 
                 torch.accelerator.empty_host_cache()  # autotuning copies in-place inputs to pinned host memory
 
     with restored(model):
+        check_head(model)
         if is_ddp or device.type == "cuda":
             warm_up(ddp, device)
         B = min(getattr(config, "micro_batch_size", share), share)
