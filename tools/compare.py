@@ -299,8 +299,7 @@ def compare(args):
         verdict = {"verdict": "does not train", "reason": str(error)}
         text = f"does not train | {error}"
     if args.json:
-        with atomic_write(expand(args.json)) as file:
-            file.write(json.dumps(verdict, indent=1).encode() + b"\n")
+        Path(expand(args.json)).write_text(json.dumps(verdict, indent=1) + "\n")
     say(f"verdict: {text}")
     return verdict
 
