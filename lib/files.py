@@ -1,6 +1,4 @@
-"""
-Paths, atomic writes, folders locked by one process, and hashes.
-"""
+"""Paths, atomic writes, folders locked by one process, and hashes."""
 
 import contextlib
 import fcntl

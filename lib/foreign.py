@@ -1,6 +1,4 @@
-"""
-Files of other programs, which people give where ours are expected: what they are, and what helps.
-"""
+"""Files of other programs, which people give where ours are expected: what they are, and what helps."""
 
 import contextlib
 from fnmatch import fnmatch

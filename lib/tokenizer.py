@@ -1,6 +1,4 @@
-"""
-The GPT-2 BPE, which every script uses.
-"""
+"""The GPT-2 BPE, which every script uses."""
 
 import base64
 import functools

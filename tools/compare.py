@@ -204,13 +204,14 @@ def describe(v):
 
 
 def draw(v, sides, out):
-    """The mean curves of both sides and the differences by seed, as a picture. sides: the results of each, by seed."""
+    """The curves of both sides and the differences by seed, as a picture. sides: the results of each, by seed."""
     curves = []
     for results, name, color in zip(sides, ("changed", "unchanged"), ("C1", "C0"), strict=True):
         runs = [read_run(result["run"], None) for result in results]
         losses = [smooth(np.array([*run.records["train"].values()])) for run in runs]
         tokens = tokens_at(runs[0], np.array([*runs[0].records["train"]]))
-        curves.append((tokens, np.mean(losses, axis=0), {"color": color, "label": name}))
+        curves += [(tokens, line, {"color": color, "linewidth": 0.5, "alpha": 0.5}) for line in losses]
+        curves.append((tokens, np.mean(losses, axis=0), {"color": color, "linewidth": 1.8, "label": name}))
     end = max(tokens[-1] for tokens, _, _ in curves)
     unit = next(unit for unit in UNITS if unit <= end)
     figure = Figure((12, 5), dpi=100, layout="constrained")

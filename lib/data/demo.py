@@ -1,6 +1,4 @@
-"""
-The demo corpus: text that ships with Python and NumPy.
-"""
+"""The demo corpus: text that ships with Python and NumPy."""
 
 import ast
 import contextlib

@@ -1,6 +1,4 @@
-"""
-A folder of token shards: whether it is complete, what identifies it, and each split as one stream of tokens.
-"""
+"""A folder of token shards: whether it is complete, what identifies it, and each split as one stream of tokens."""
 
 import numpy as np
 

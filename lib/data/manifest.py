@@ -1,6 +1,4 @@
-"""
-The manifest of a folder of shards: what they were made of, their sizes and hashes, and how far a build has come.
-"""
+"""The manifest of a folder of shards: what they were made of, their sizes and hashes, and how far a build has come."""
 
 import json
 from pathlib import Path

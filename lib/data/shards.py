@@ -1,6 +1,4 @@
-"""
-Token shards: the names of the files, their formats, and their tokens.
-"""
+"""Token shards: the names of the files, their formats, and their tokens."""
 
 import functools
 import hashlib

@@ -1,6 +1,4 @@
-"""
-Read a GPT-2 in Hugging Face's layout: OpenAI's from the hub, or a folder with config.json and the weights.
-"""
+"""Read a GPT-2 in Hugging Face's layout: OpenAI's from the hub, or a folder with config.json and the weights."""
 
 import hashlib
 import json

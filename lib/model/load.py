@@ -1,6 +1,4 @@
-"""
-Build a model from saved weights, ours or others', or raise an error that says what does not match.
-"""
+"""Build a model from saved weights, ours or others', or raise an error that says what does not match."""
 
 import contextlib
 import importlib
@@ -123,7 +121,7 @@ def check_usable(name, model, block_size=1, vocab_size=VOCAB_SIZE):
         raise UserError(f"{name} has {sizes}: {block_size} (of a run, its sequence_length) and {vocab_size} are needed")
     logits = model.eval()(torch.tensor([[0]]))[0]
     model.train()
-    for part, tensor in {**model.state_dict(), "logits": logits}.items():
+    for part, tensor in {**dict(model.named_parameters()), "logits": logits}.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name}: NaN or infinite values in {part}: use a checkpoint from before the run diverged")
 
