@@ -80,12 +80,13 @@ def test_a_known_effect_is_called_by_its_name_with_its_costs(judged, capsys):
     assert re.fullmatch(rf"verdict: worse \| {numbers}", last)
 
 
-def test_new_data_trains_again(judged, tmp_path):
-    found = []
-    for seed in (0, 1):
+def test_new_data_trains_again(judged, shared, tmp_path):
+    code, found = compare.copy_code(ROOT, shared / "compare"), []
+    flags = ["--preset", "demo", *compare.QUIET, *FLAGS.split(), "--data_dir", str(tmp_path / "data")]
+    for seed in (0, 0, 1):
         write_shards(tmp_path / "data", [700, 5000], seed=seed)
-        found.append(judged("--seeds", "2", data=tmp_path / "data")["unchanged"])
-    assert found[0] != found[1]
+        found.append(compare.train(tmp_path / "runs", code, flags, 1)["val_loss"])
+    assert found[0] == found[1] != found[2] and len(judged.started) == 2
 
 
 @pytest.mark.parametrize(
