@@ -32,7 +32,7 @@ ROWS = {
     "betas (0.9, 0.999)": ["betas"],
     "residual projections at 0.02": ["residual_init"],
     "wpe at 0.02": ["wpe_init"],
-    "untied head": ["untied_head"],
+    "untied head": ["untied_head"],  # 4.9M parameters instead of 2.5M
     "exact GELU": ["exact_gelu"],
     "squared ReLU": ["relu2"],
     "data in order": ["in_order"],
@@ -134,7 +134,9 @@ def write():
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.invert_yaxis()
     axes.set(title="what each change does to the demo's validation loss: mean, 95% interval, each pair", xlabel="nats")
-    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xscale("symlog", linthresh=0.4)
+    ticks = [-0.4, -0.2, 0, 0.2, 0.4, 1]
+    axes.set_xticks(ticks, ticks)
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS.with_suffix(".png"))
     say(f"written: {PAGE}, {RESULTS.with_suffix('.png')}")
