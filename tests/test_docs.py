@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 PROGRAM = re.compile(r"(?:\S+/)?(train_gpt2|fineweb|hellaswag)\.py|(?:tests|docs)/\w+\.(?:py|sh)|tools\.\w+")
 SCRIPTS = ["train_gpt2.py", "fineweb.py", "hellaswag.py"]
 TOOLS = [f"tools.{path.stem}" for path in ROOT.glob("tools/*.py") if "ArgumentParser" in path.read_text()]
-FOREIGN = {"--exclusive"}  # of sbatch
+FOREIGN = {"--exclusive", "--"}  # of sbatch; of argparse
 
 
 def prose(page):
