@@ -70,7 +70,9 @@ def help_of(program):
 
 def flags_of(program):
     flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(program)))
-    return flags | ({flag.replace("_", "-") for flag in flags} if program == "torchrun" else set())
+    if program == "torchrun":
+        flags |= {flag.replace("_", "-") for flag in flags} | {"--shutdown-timeout"}  # which torch 2.11 lacks
+    return flags
 
 
 def added_by(page):
