@@ -110,6 +110,7 @@ def test_a_change_that_does_not_train_is_a_verdict(change, reason, judged, capsy
         (["--", "--max_lrr", "1"], "did you mean --max_lr?"),
         (["--", "--total_batch_size", "100"], "not divisible"),
         (["--", "--log-dir", "x"], "set by the comparison"),
+        (["--", "--val_every=5"], "set by the comparison"),
         (["--diff", "missing.diff"], "missing.diff"),
         (["--code", "missing"], "missing"),
         (["--", "--checkpoint_every=0"], "leave out --checkpoint_every 0"),

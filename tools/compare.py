@@ -275,7 +275,7 @@ def report(v, sides):
 def compare(args):
     """Train in pairs and print the verdict."""
     for flag in args.both + args.only:
-        if re.match(r"--(preset|seed|log[-_]dir)\b", flag):
+        if re.match(r"--(preset|seed|log[-_]dir|val[-_]every|val[-_]tokens)\b", flag):
             raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
     for path in filter(None, (args.out, args.json)):
         if not Path(expand(path)).absolute().parent.is_dir():
