@@ -82,7 +82,8 @@ class TokenStream:
             tokens = shard.read(begin, begin + end - start)
             if tokens.max() >= self.vocab_size:
                 found = f"token id {tokens.max()} at offset {begin + tokens.argmax()}"
-                raise UserError(f"{shard.path} has {found}, not below vocab_size {self.vocab_size}: build it again")
+                remedy = "give a larger --vocab_size, or build it again"
+                raise UserError(f"{shard.path} has {found}, not below vocab_size {self.vocab_size}: {remedy}")
             pieces.append(tokens)
             start += len(tokens)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
