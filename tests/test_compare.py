@@ -101,7 +101,7 @@ def test_a_change_that_does_not_train_is_a_verdict(change, reason, judged, capsy
     found = judged("--seeds", "2", *args)
     assert found["verdict"] == "does not train" and reason in found["reason"]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("verdict: does not train | changed, seed 1: ") and reason in last
+    assert last.startswith("verdict: does not train: changed, seed 1: ") and reason in last
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from lib.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.folder import ShardFolder
 from lib.device import default_device, name_of
-from lib.files import ROOT, atomic_write, expand, list_folder
+from lib.files import ROOT, atomic_write, expand, hash_file, list_folder
 from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, save, smooth, tokens_at
 from train_gpt2 import PRESETS
 
@@ -59,20 +59,14 @@ class DoesNotTrain(Exception):
 def apply_diff(text, folder):
     """Apply a diff to the files in a folder: by git, or the fenced parts of a Markdown page, each after the name of its
     file in backquotes. Line numbers are ignored: the old lines of each part must be in one place only."""
-    path, hunks = None, []
-    for line in text.splitlines():
-        if name := re.fullmatch(r"\+\+\+ (?:b/)?(\S+).*|`(\S+)`", line):
+    path, applied = None, False
+    for part in re.split(r"^(?=\+\+\+ |`\S+`$|@@|```)", text, flags=re.M):
+        first, *lines = part.splitlines() or [""]
+        if name := re.fullmatch(r"\+\+\+ (?:b/)?(\S+).*|`(\S+)`", first):
             path = folder / (name[1] or name[2])
-        elif line.startswith(("@@", "```diff")):
-            hunks.append((path, []))
-        elif hunks and line[:1] in ("", " ", "-", "+") and not line.startswith("--- "):
-            hunks[-1][1].append(line or " ")
-        elif line.startswith("```"):
-            hunks.append((None, []))  # text until the next part
-    hunks = [(path, lines) for path, lines in hunks if path and lines]
-    if not hunks:
-        raise UserError("not a diff: expected what git diff prints, or parts as in docs/hacking.md")
-    for path, lines in hunks:
+        lines = [line or " " for line in lines if line[:1] in ("", *" -+") and not line.startswith("--- ")]
+        if not (path and lines and first.startswith(("@@", "```diff"))):
+            continue
         old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
         content = path.read_text(encoding="utf-8") if path.exists() else ""
         if content.count(old) != 1:  # a new file is empty, and so is what it replaces
@@ -80,6 +74,9 @@ def apply_diff(text, folder):
             raise UserError(f"the diff does not fit; {found}:\n{old}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content.replace(old, new), encoding="utf-8")
+        applied = True
+    if not applied:
+        raise UserError("not a diff: expected what git diff prints, or parts as in docs/hacking.md")
 
 
 def copy_code(source, folder, diff=None):
@@ -94,15 +91,18 @@ def copy_code(source, folder, diff=None):
                 shutil.copy(path, copy)
             if diff:
                 apply_diff(Path(expand(diff)).read_text(encoding="utf-8"), copy)
-            digest = hashlib.sha256()
-            for path in sorted(path for path in copy.rglob("*") if path.is_file()):
-                digest.update(f"{path.relative_to(copy)}\0".encode() + path.read_bytes() + b"\0")
-            place = folder / f"code_{digest.hexdigest()[:10]}"
+            files = sorted(path for path in copy.rglob("*") if path.is_file())
+            place = folder / f"code_{hash_of([(str(path.relative_to(copy)), hash_file(path)) for path in files])}"
             if not place.exists():
                 copy.rename(place)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot copy the code to compare into {folder}/: {error}") from None
     return place
+
+
+def hash_of(facts):
+    """A short name of plain data, the same for the same data."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # -----------------------------------------------------------------------------
@@ -112,8 +112,7 @@ def copy_code(source, folder, diff=None):
 def data_of(run):
     """Identifies the data of a run, by its settings; None if it is gone."""
     data_dir = json.loads((run / "config.json").read_bytes())["data_dir"]
-    facts = list_folder(data_dir) and sorted(ShardFolder(data_dir).facts.items())
-    return facts and hashlib.sha256(repr(facts).encode()).hexdigest()
+    return hash_of(ShardFolder(data_dir).facts) if list_folder(data_dir) else None
 
 
 def launch(command, console):
@@ -145,8 +144,7 @@ def train(folder, code, flags, seed):
     """What a run gave: its folder, val_loss in nats per token, seconds of training, tokens, parameters. Trains if there
     is no result for this code, these flags and what decides the rounding, or if the data has changed since."""
     rounding = torch.__version__, torch.get_num_threads(), name_of(torch.device(default_device()))
-    key = hashlib.sha256(json.dumps([code.name, flags, *rounding]).encode()).hexdigest()[:10]
-    run = folder / key / f"seed_{seed}"
+    run = folder / hash_of([code.name, flags, *rounding]) / f"seed_{seed}"
     path = run / "result.json"
     if path.exists():
         result = json.loads(path.read_bytes())
@@ -298,7 +296,7 @@ def compare(args):
         text = describe(verdict)
     except DoesNotTrain as error:
         verdict = {"verdict": "does not train", "reason": str(error)}
-        text = f"does not train | {error}"
+        text = f"does not train: {error}"
     if args.json:
         Path(expand(args.json)).write_text(json.dumps(verdict, indent=1) + "\n")
     say(f"verdict: {text}")
