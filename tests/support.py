@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -33,7 +34,7 @@ PROBES = ROOT / "tests" / "probes"
 OURS = ("lib", "tools", "train_gpt2", "fineweb", "hellaswag")
 
 TINY = dict(
-    n_layer=2, n_head=2, n_embd=32, vocab_size=512, sequence_length=32, total_batch_size=512, micro_batch_size=2,
+    n_layer=2, n_head=2, n_embd=32, vocab_size=512, sequence_length=32, total_batch_size=512, micro_batch_size=4,
     max_steps=20, warmup_steps=2, max_lr=1e-2, val_every=5, val_tokens=1000, hellaswag_every=0, sample_every=0,
     plot_every=0, checkpoint_every=10, device="cpu",
 )  # fmt: skip
@@ -132,7 +133,9 @@ def run_warm(script, *args, env=None, timeout=150, ranks=0, folder=None):
     """As `run`, four times as fast: for promises that are not about how a program starts. With ranks, there is no
     torchrun; if one rank fails, the others are killed, as by torchrun."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fineweb", "train_gpt2"])
+    context.set_forkserver_preload(["fineweb", "train_gpt2", "torch._dynamo"])  # the last is of the first optimizer
+    with contextlib.chdir(ROOT):  # where the server begins, and finds them
+        multiprocessing.forkserver.ensure_running()
     with tempfile.NamedTemporaryFile() as output, socket.socket() as port:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         port.bind(("127.0.0.1", 0))

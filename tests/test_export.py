@@ -5,7 +5,6 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support import PROBES, disk, environment, losses, write_shards
+from support import PROBES, disk, losses, run_warm, write_shards
 from test_hacking import FLAGS, copy_scripts
 
 import train_gpt2
@@ -281,9 +280,8 @@ def test_a_checkpoint_is_of_its_script(tmp_path):
     assert count == 1
     (tmp_path / "train_relu.py").write_text(relu)
     write_shards(tmp_path / "data", [1500, 5000])
-    command = [sys.executable, PROBES / "scripts.py", *FLAGS, "--max_steps=2", "--vocab_size=50304"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True)
-    assert result.returncode == 0, result.stderr.decode()
+    result = run_warm(PROBES / "scripts.py", *FLAGS, "--max_steps=2", "--vocab_size=50304", folder=tmp_path)
+    assert result.returncode == 0, result.stdout
 
 
 def test_weights_that_gpt2_does_not_have_are_refused(checkpoint, tmp_path):

@@ -446,7 +446,7 @@ def test_home_is_expanded_in_every_path(tmp_path):
     assert (tmp_path / "out" / "manifest.json").exists() and (tmp_path / "out2" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
 def test_file_names_that_are_not_utf_8(locale, tmp_path):
     folder = os.fsencode(tmp_path / "texts") + b"\xe9"
     os.mkdir(folder)

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from support import PROBES, ROOT, run_warm, write_shards
 
+from tools.compare import apply_diff
+
 PAGE = (ROOT / "docs" / "hacking.md").read_text()
 SECTIONS = {title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)}
 FLAGS = [
@@ -28,23 +30,10 @@ def copy_scripts(folder):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def apply(section, folder):
-    """Apply the diffs of a section to the file that is named before them: each stands for one place in it."""
-    path = None
-    for name, diff in re.findall(r"^`(\S+\.py)`$|^```diff\n(.*?)^```$", section, re.M | re.S):
-        path = folder / name if name else path
-        if diff:
-            lines = diff.splitlines(keepends=True)
-            old, new = ("".join(line[1:] or "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
-            text = path.read_text()
-            assert text.count(old) == 1, f"{text.count(old)} places in {path.name} are:\n{old}"
-            path.write_text(text.replace(old, new))
-
-
 @pytest.mark.parametrize("title", [title for title, text in SECTIONS.items() if "```diff" in text])
 def test_a_change_of_the_page_trains_resumes_and_does_what_it_says(title, tmp_path):
     copy_scripts(tmp_path)
-    apply(SECTIONS[title], tmp_path)
+    apply_diff(SECTIONS[title], tmp_path)
     for seed, name in enumerate(("data", "my_data")):
         write_shards(tmp_path / name, [1500, 5000, 3001], seed=seed)
     result = run_warm(PROBES / "hacked.py", title, *FLAGS, *CHOSEN.get(title, []), folder=tmp_path)

@@ -5,13 +5,15 @@ import statistics
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pyarrow.parquet
 import pytest
 import torch
-from support import command_of, environment, make_items, run, run_warm, write_items, write_shards
+from support import command_of, environment, make_items, run, run_warm, write_items
 
 import hellaswag
+from lib.checkpoint import write_checkpoint
 from lib.console import UserError
 from train_gpt2 import GPT, GPTConfig, load_model
 
@@ -55,15 +57,13 @@ def test_render_example():
 def test_batched_equals_one_by_one():
     model, items = small_model(), make_items(40)
     with torch.no_grad():
-        one_by_one = [(s.argmin().item() == i["label"], m.argmin().item() == i["label"])
-                      for i in items for s, m in [tutorial_scores(model, i)]]  # fmt: skip
+        one_by_one = torch.stack([torch.stack(tutorial_scores(model, item)) for item in items])  # (40, 2, 4)
         batches = hellaswag.make_batches(items, batch_size=9)
-        expected = torch.stack(
-            [torch.stack(tutorial_scores(model, items[i])) for places, *_ in batches for i in places]
-        )
-        assert torch.allclose(hellaswag.score(model, batches, torch.device("cpu")), expected, atol=1e-4)  # (40, 2, 4)
+        expected = one_by_one[[i for places, *_ in batches for i in places]]
+        assert torch.allclose(hellaswag.score(model, batches, torch.device("cpu")), expected, atol=1e-4)
     counts = hellaswag.evaluate(model, hellaswag.make_batches(items), torch.device("cpu"))
-    assert counts.tolist() == [sum(s for s, _ in one_by_one), sum(m for _, m in one_by_one), 40]
+    right = one_by_one.argmin(2) == torch.tensor([[item["label"]] for item in items])
+    assert counts.tolist() == [*right.sum(0).tolist(), 40]
 
 
 def test_the_ranks_together_score_every_item_once():
@@ -192,7 +192,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def served(tmp_path, monkeypatch):
     """A function that sets what the download gets; its folder is tmp_path/hellaswag."""
     server = http.server.HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "hellaswag")
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/{{split}}")
     yield lambda answer: setattr(Server, "answer", answer)
@@ -257,16 +257,12 @@ def test_a_folder_that_takes_no_file_is_said(served, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The path of a checkpoint of a tiny model, as the trainer writes it."""
-    folder = tmp_path_factory.mktemp("run")
-    write_shards(folder / "data", [1000, 5000])
-    result = run_warm(
-        "train_gpt2.py", "--data_dir", folder / "data", "--log_dir", folder / "log", "--n_layer=1", "--n_head=1",
-        "--n_embd=16", "--sequence_length=256", "--total_batch_size=512", "--micro_batch_size=2", "--max_steps=1",
-        "--hellaswag_every=0", "--sample_every=0", "--device=cpu",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
-    return folder / "log" / "model_00001.pt"
+    """The path of a checkpoint of a tiny model."""
+    path = tmp_path_factory.mktemp("run") / "model_00001.pt"
+    model = small_model()
+    contents = {"model": model.state_dict(), "optimizer": {}, "config": asdict(model.config), "train_config": {}}
+    write_checkpoint(path, {**contents, "step": 1})
+    return path
 
 
 def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path):

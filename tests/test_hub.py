@@ -469,9 +469,3 @@ def test_a_document_of_10_mb(build, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one two three four " * 540_000}) + "\n\n")
     manifest = build(source=tmp_path / "long.jsonl", shard_size=1_000_000)
     assert (manifest["documents"], manifest["tokens"], len(manifest["shards"])) == (1, 2_160_002, 3)
-
-
-def test_importing_takes_in_nothing_heavy():
-    said = run("fineweb.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"}).stdout
-    imported = {line.split("|")[-1].strip().split(".")[0] for line in said.splitlines() if "import time:" in line}
-    assert "numpy" in imported and not {"datasets", "huggingface_hub", "pyarrow", "tqdm"} & imported

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import PROBES, ROOT, losses, run, run_warm, write_shards
+from support import PROBES, losses, run_warm, write_shards
 
 from lib.checkpoint import load_checkpoint, write_checkpoint
 from lib.console import UserError
@@ -24,15 +24,16 @@ spec.loader.exec_module(foreign_files)
 def files(tmp_path_factory):
     """The files of other programs, by one that has classes of the same names."""
     folder = tmp_path_factory.mktemp("files")
-    result = run("tests/probes/foreign_files.py", folder, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    result = run_warm(PROBES / "foreign_files.py", folder)
     assert result.returncode == 0, result.stdout
     return folder
 
 
 @pytest.fixture(autouse=True)
 def without_transformers(monkeypatch):
-    """The comparison with it has its tests among those of the export."""
+    """The comparison with it has its tests among those of the export, and the tokenizer's files have theirs there."""
     monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr("tools.export_hf.write_tokenizer", lambda folder, context: None)
 
 
 @torch.no_grad()

@@ -226,13 +226,13 @@ def test_from_pretrained_through_the_hub(tmp_path):
     with serving({}) as hub:
         hub.models["gpt2"] = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
         env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        result = run(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env)
+        result = run_warm(PROBES / "pretrained_logits.py", tmp_path / "idx.pt", tmp_path / "out.pt", env=env)
         assert result.returncode == 0, result.stdout
         assert (torch.load(tmp_path / "out.pt") - theirs(idx).logits).abs().max() < 1e-4
         hub.models["gpt2"].pop("model.safetensors")
         env["HF_HOME"] = str(tmp_path / "other")
         write_items(tmp_path / "items.jsonl", 1)
-        result = run(
+        result = run_warm(
             "hellaswag.py", "-m", "gpt2", "-d", "cpu", "--limit", 1, "--data", tmp_path / "items.jsonl", env=env
         )
         assert result.returncode == 2 and "cannot fetch gpt2 from the Hugging Face hub" in result.stdout, result.stdout
@@ -246,8 +246,8 @@ def test_fine_tuning_openais_weights_on_a_small_corpus(tmp_path):
     assert built.returncode == 0, built.stdout
     flags = (
         "--init_from=gpt2", "--sequence_length=64", "--total_batch_size=512", "--micro_batch_size=4", "--max_lr=3e-3",
-        "--warmup_steps=2", "--val_every=10", "--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=10",
-        "--device=cpu", f"--data_dir={tmp_path / 'poems'}", f"--log_dir={tmp_path / 'tuned'}",
+        "--warmup_steps=2", "--val_every=10", "--hellaswag_every=0", "--sample_every=0", "--plot_every=0",
+        "--checkpoint_every=10", "--device=cpu", f"--data_dir={tmp_path / 'poems'}", f"--log_dir={tmp_path / 'tuned'}",
     )  # fmt: skip
     first = run_warm("train_gpt2.py", *flags, "--max_steps=10", env=env)
     assert first.returncode == 0, first.stdout

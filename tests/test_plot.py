@@ -189,13 +189,6 @@ def test_every_published_run_names_its_source():
         assert len(names) >= 2 and all(name.split(f" {size}")[0] + ":" in comments for name in names)
 
 
-def test_the_trainer_draws_while_it_runs(tiny, tmp_path):
-    main(tiny(plot_every=5, max_steps=10))
-    picture = tmp_path / "log" / "curve.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in picture.parent.glob("*.tmp")] == []
-
-
 def test_a_picture_that_fails_ends_no_run(tiny, tmp_path):
     (tmp_path / "log" / "curve.png").mkdir(parents=True)
     assert main(tiny(plot_every=5, max_steps=5))["step"] == 5

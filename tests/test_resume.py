@@ -36,20 +36,14 @@ from train_gpt2 import main
 LONG = dict(max_steps=1_000_000, val_every=50, checkpoint_every=20)
 
 
-@pytest.mark.parametrize("stop", [crash, terminate])
-def test_a_stopped_run_continues_bit_for_bit(stop, tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
     config = dict(max_steps=41, checkpoint_every=5)  # the shards hold 29 steps an epoch, and rows cross shards
     main(tiny(log_dir=str(tmp_path / "whole"), **config))
-    for step in (0, 28, 40):
-        folder = tmp_path / f"stopped_{step}"
-        with monkeypatch.context() as patch:
+    for stop, step in ((crash, 0), (crash, 28), (crash, 40), (terminate, 0), (terminate, 40)):
+        folder = tmp_path / f"{stop.__name__}_{step}"
+        with monkeypatch.context() as patch, pytest.raises((MemoryError, Stopped)):
             at_step(patch, {step}, stop)
-            if stop is crash:
-                with pytest.raises(MemoryError):
-                    main(tiny(log_dir=str(folder), **config))
-            else:
-                with pytest.raises(Stopped):
-                    main(tiny(log_dir=str(folder), **config))
+            main(tiny(log_dir=str(folder), **config))
         main(tiny(log_dir=str(folder), init_from="resume", **config))
         assert_same_run(tmp_path / "whole", folder, 41)
 
@@ -76,33 +70,16 @@ def test_resume_without_a_checkpoint_begins_at_step_0(tiny, tmp_path, capsys):
     assert read_log(tmp_path / "log") == read_log(tmp_path / "fresh")
 
 
-def test_a_finished_run_resumed_does_nothing_new(tiny, tmp_path):
-    main(tiny())
-    before = read_log(tmp_path / "log")
-    main(tiny(init_from="resume"))
-    assert read_log(tmp_path / "log") == before
-
-
 def damage_by(kind):
     def damage(path):
         content = bytearray(path.read_bytes())
-        if kind == "truncated":
-            content = content[: len(content) // 2]
-        elif kind == "cut by a byte":
-            content = content[:-1]
-        elif kind == "empty":
-            content = b""
-        elif kind == "flipped":
-            content[len(content) // 3] ^= 4
-        elif kind == "foreign":
-            torch.save({"model": {}}, path)
-            return
-        path.write_bytes(content)
+        content[len(content) // 3] ^= 4
+        path.write_bytes(content if kind == "flipped" else content[: len(content) // 2])
 
     return damage
 
 
-@pytest.mark.parametrize("kind", ["truncated", "cut by a byte", "empty", "flipped", "foreign"])
+@pytest.mark.parametrize("kind", ["truncated", "flipped"])
 def test_damaged_checkpoints_are_named_and_the_run_falls_back(kind, tiny, tmp_path, capsys):
     main(tiny(checkpoint_every=5))
     whole = read_log(tmp_path / "log")
@@ -155,14 +132,11 @@ def test_a_resume_that_cannot_be_exact_is_refused(tiny, tmp_path, capsys):
     assert "resuming at step 20, max_steps 20 -> 25, max_lr 0.01 -> 0.001" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("to", ["one rank", "all ranks and torchrun"])
-def test_a_signal_ends_the_run_with_a_checkpoint_of_all_ranks(to, tiny, tmp_path):
+def test_a_signal_ends_the_run_with_a_checkpoint_of_all_ranks(tiny, tmp_path):
     process = start(tiny(**LONG), ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
     read_until(process, r"step +33/")
-    workers = ranks_of(process)
-    targets = {"one rank": workers[1:], "all ranks and torchrun": [*workers, process.pid]}
-    for pid in targets[to]:
-        os.kill(pid, signal.SIGINT if to == "one rank" else signal.SIGTERM)
+    for pid in (*ranks_of(process), process.pid):
+        os.kill(pid, signal.SIGTERM)
     output = finish(process)
     assert re.search("stopped by a signal. To resume, .*--init_from resume", output), output
     saved = int(re.findall(r"saved .*/model_(\d+).pt", output)[-1])
@@ -182,7 +156,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(tiny, tmp_path, mo
     monkeypatch.setattr(train_gpt2.DataLoaderLite, "next_batch", signalled)
     with pytest.raises(Stopped):
         main(tiny())
-    assert read == ["val"] * 3 and (tmp_path / "log" / "model_00000.pt").exists()  # of 16
+    assert read == ["val"] * 3 and (tmp_path / "log" / "model_00000.pt").exists()  # of 8
 
 
 def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
@@ -191,21 +165,13 @@ def test_a_second_signal_ends_it_at_once(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # the same one, passed on by a scheduler
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=3)
+        process.wait(timeout=2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == -signal.SIGTERM
 
 
-def test_a_dead_rank_ends_the_job(tiny):
-    process = start(tiny(**LONG), ranks=2)
-    read_until(process, r"step +5/")
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    finish(process)
-    assert process.returncode == 1
-
-
 def test_a_hung_rank_ends_the_job_after_the_timeout(tiny):
-    process = start(tiny(collective_timeout=6, **LONG), ranks=2)
+    process = start(tiny(collective_timeout=3, **LONG), ranks=2)
     read_until(process, r"step +5/")
     hung = ranks_of(process)[1]
     os.kill(hung, signal.SIGSTOP)
@@ -220,7 +186,7 @@ def test_torchrun_restarts_resume_by_themselves(tiny, tmp_path):
     main(tiny(log_dir=str(tmp_path / "whole"), micro_batch_size=4, max_steps=40))
     process = start(tiny(max_steps=40, collective_timeout=20), ranks=2, restarts=3, script=PROBES / "dies_once.py")
     output = finish(process)
-    assert process.returncode == 0 and "resuming at step 20" in output, output
+    assert process.returncode == 0 and "resuming at step 20" in output and "terminate called" not in output, output
     whole, log = (losses(tmp_path / d, "train") for d in ("whole", "log"))
     assert len(log) == 40 and log == pytest.approx(whole, abs=1e-5)
 

@@ -18,6 +18,8 @@ def test_the_last_lines_and_the_page_say_what_came_of_the_run(tiny, tmp_path, ca
     perplexity = re.search(r"validation loss: (\S+), perplexity ([\d,.]+)", out)
     assert float(perplexity[1]) == pytest.approx(metrics["val_loss"], abs=1e-4)
     assert "Output in" in out and "summary.md, curve.png, samples.txt" in out
+    assert (tmp_path / "log" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "log").glob("*.tmp"))
     for text in ("| tokens | 10,240 in 20 steps |", "![", "max_lr = 0.01", "n_embd = 8", "20 sample "):
         assert text in page, page
     assert "grad_clip" not in page  # the default

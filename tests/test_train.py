@@ -75,8 +75,9 @@ def test_micro_batch_size_changes_nothing(tiny, tmp_path):
 
 
 def test_two_ranks_equal_one(tiny, tmp_path):
-    main(tiny(log_dir=str(tmp_path / "one"), micro_batch_size=4))
-    config = tiny(log_dir=str(tmp_path / "two"), micro_batch_size=2)  # 4 micro-batches on each of 2 ranks
+    few = 29 * 32  # tokens of validation: in the last batch, rank 0 has one sequence and rank 1 none
+    main(tiny(log_dir=str(tmp_path / "one"), micro_batch_size=4, val_tokens=few))
+    config = tiny(log_dir=str(tmp_path / "two"), micro_batch_size=2, val_tokens=few)  # 4 micro-batches on each rank
     result = run_warm("train_gpt2.py", *flags_of(config), ranks=2)
     assert result.returncode == 0, result.stdout
     for kind, count, tolerance in (("train", 20, 1e-5), ("val", 5, 1.01e-4)):
@@ -102,27 +103,6 @@ def test_gradients_are_equal_on_both_ranks_and_synchronized_once_a_step(tiny, tm
 def test_the_gradients_lie_in_the_buckets_of_ddp_and_nowhere_else(tiny):
     result = run_warm(PROBES / "gradient_storage.py", *flags_of(tiny(max_steps=3)), ranks=2)
     assert result.returncode == 0 and result.stdout.count("outside 0 bytes, kept 28 of 28") == 6, result.stdout
-
-
-def test_validation_is_the_same_for_every_batch_and_number_of_ranks(tiny, tmp_path):
-    main(tiny(max_steps=0))
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(32, 512, 2, 2, 32))
-    cpu = torch.device("cpu")
-    expected = None
-    for B in (1, 3, 8, 64):
-        loader = train_gpt2.DataLoaderLite(B, 32, 0, 1, "val", data_root=tmp_path / "data")
-        value = train_gpt2.evaluate_loss(model, loader, 31, cpu)
-        expected = expected or value
-        assert value == pytest.approx(expected, abs=1e-5)
-
-
-def test_init_from_a_checkpoint_starts_with_its_weights(tiny, tmp_path):
-    main(tiny())
-    checkpoint = str(tmp_path / "log" / "model_00020.pt")
-    main(tiny(log_dir=str(tmp_path / "tuned"), init_from=checkpoint, max_steps=1))
-    first, before = losses(tmp_path / "tuned", "val")[0], losses(tmp_path / "log", "val")[20]
-    assert first == before
-    assert load(tmp_path / "tuned" / "model_00001.pt")["config"] == load(checkpoint)["config"]
 
 
 def test_token_ids_are_checked_by_the_model_that_is_trained_on_them(tiny, tmp_path):
@@ -246,8 +226,9 @@ def test_hellaswag_and_samples_during_training(tmp_path, monkeypatch, capsys):
 def test_compile_stays_on_and_nothing_recompiles_after_step_0(tmp_path):
     write_shards(tmp_path / "data", [1500, 5000])
     (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in make_items(9)))
-    settings = {**TINY, "vocab_size": 50304, "n_layer": 1, "sequence_length": 128, "hellaswag_every": 2, "max_steps": 5,
-                "val_every": 2, "sample_every": 2, "data_dir": str(tmp_path / "data")}  # fmt: skip
+    settings = {**TINY, "vocab_size": 50304, "n_layer": 1, "sequence_length": 128, "micro_batch_size": 2,
+                "max_steps": 5, "hellaswag_every": 2, "val_every": 2, "sample_every": 2,
+                "data_dir": str(tmp_path / "data")}  # fmt: skip
     env = {"TORCH_LOGS": "recompiles", "HELLASWAG_FOLDER": str(tmp_path)}
     for name, flag, start in (("plain", "--no-compile", run_warm), ("compiled", "--compile", run)):
         flags = flags_of(TrainConfig(**settings, log_dir=str(tmp_path / name)))

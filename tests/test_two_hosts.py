@@ -38,8 +38,8 @@ def test_ranks_that_start_again_share_nothing_with_the_dead():
         store.set("exception_dump", "left by NCCL's watchdog")
         world_size = rng.choice([2, 3, 4])
         if start % 2:  # one is dead before it could start
-            assert not ranks_start(store, world_size, {rank: 0 for rank in range(start % world_size)}, timeout=1)
-        stores = ranks_start(store, world_size, {r: rng.random() * 0.5 for r in range(world_size)}, timeout=20)
+            assert not ranks_start(store, world_size, {rank: 0 for rank in range(start % world_size)}, timeout=0.3)
+        stores = ranks_start(store, world_size, {r: rng.random() * 0.1 for r in range(world_size)}, timeout=20)
         assert not store.check(["exception_dump"])
         assert len(stores) == world_size and not any(s.check(["address"]) for s in stores.values())
         stores[0].set("address", str(start))

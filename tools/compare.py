@@ -60,9 +60,9 @@ def apply_diff(text, folder):
     """Apply a diff to the files in a folder: by git, or the fenced parts of a Markdown page, each after the name of its
     file in backquotes. Line numbers are ignored: the old lines of each part must be in one place only."""
     path, applied = None, False
-    for part in re.split(r"^(?=\+\+\+ |`\S+`$|@@|```)", text, flags=re.M):
+    for part in re.split(r"^(?=\+\+\+ |`[^`\s]+`$|@@|```)", text, flags=re.M):
         first, *lines = part.splitlines() or [""]
-        if name := re.fullmatch(r"\+\+\+ (?:b/)?(\S+).*|`(\S+)`", first):
+        if name := re.fullmatch(r"\+\+\+ (?:b/)?(\S+).*|`([^`]+)`", first):
             path = folder / (name[1] or name[2])
         lines = [line or " " for line in lines if line[:1] in ("", *" -+") and not line.startswith("--- ")]
         if not (path and lines and first.startswith(("@@", "```diff"))):

@@ -22,6 +22,6 @@ import train_gpt2  # noqa: E402, F401
 
 assert not touched, touched
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
-heavy = {"datasets", "transformers", "tiktoken", "tqdm", "pyarrow", "matplotlib"} & (set(sys.modules) - before)
-assert not heavy, heavy
+heavy = {"datasets", "huggingface_hub", "transformers", "tiktoken", "tqdm", "pyarrow", "matplotlib"}
+assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)
 assert os.listdir() == []
