@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from support import ROOT, environment, run_warm, write_shards
 
 from lib.console import UserError
 from tools import compare
+from train_gpt2 import main, parse_args
 
 FLAGS = (
     "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 512 --sequence_length 32 --total_batch_size 256 "
@@ -68,7 +70,7 @@ def test_equal_code_gives_exactly_zero_and_more_seeds_train_only_those(judged, c
     assert found["unchanged"][0] != found["unchanged"][1]
     judged.started.clear()
     assert judged("--diff", str(diff), "--seeds", "3")["differences"] == [0, 0, 0]
-    assert {command[-1][-6:] for command in judged.started} == {"seed_3"}
+    assert {command[-1][-10:] for command in judged.started} == {"seed_3/log"}
 
 
 def test_a_known_effect_is_called_by_its_name_with_its_costs(judged, capsys):
@@ -80,13 +82,38 @@ def test_a_known_effect_is_called_by_its_name_with_its_costs(judged, capsys):
     assert re.fullmatch(rf"verdict: worse \| {numbers}", last)
 
 
-def test_new_data_trains_again(judged, shared, tmp_path):
+def test_new_data_trains_again_and_data_that_are_gone_do_not(judged, shared, tmp_path):
     code, found = compare.copy_code(ROOT, shared / "compare"), []
     flags = ["--preset", "demo", *compare.QUIET, *FLAGS.split(), "--data_dir", str(tmp_path / "data")]
     for seed in (0, 0, 1):
         write_shards(tmp_path / "data", [700, 5000], seed=seed)
         found.append(compare.train(tmp_path / "runs", code, flags, 1)["val_loss"])
-    assert found[0] == found[1] != found[2] and len(judged.started) == 2
+    (tmp_path / "data").rename(tmp_path / "gone")
+    found.append(compare.train(tmp_path / "runs", code, flags, 1)["val_loss"])
+    assert found[0] == found[1] != found[2] == found[3] and len(judged.started) == 2
+
+
+def test_new_weights_train_again(judged, shared, tmp_path):
+    code, flags = compare.copy_code(ROOT, shared / "compare"), ["--preset", "demo", *compare.QUIET, *FLAGS.split()]
+    flags += ["--data_dir", str(shared / "data")]
+    main(parse_args([*flags, "--log_dir", str(tmp_path / "base")]))
+    flags += ["--init_from", str(tmp_path / "base")]
+    first = [compare.train(tmp_path / "runs", code, flags, 1)["val_loss"] for _ in range(2)]
+    main(parse_args([*flags[:-2], "--log_dir", str(tmp_path / "base"), "--init_from=resume", "--max_steps=40"]))
+    assert first[0] == first[1] != compare.train(tmp_path / "runs", code, flags, 1)["val_loss"]
+    assert len(judged.started) == 2
+
+
+def test_a_single_step_has_a_verdict_and_a_picture(judged, shared):
+    assert judged("--seeds", "2", "--both", f"{FLAGS} --data_dir {shared}/data --max_steps 1")["pairs"] == 2
+    assert Path("compare.png").exists()
+
+
+def test_a_loss_of_an_earlier_step_is_not_judged(judged, capsys):
+    diff = write_diff("        if run.due(config.val_every):", "        if step % config.val_every == 0:")
+    with pytest.raises(SystemExit):
+        judged("--seeds", "2", "--diff", str(diff))
+    assert "no validation loss of the last step, 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -113,7 +140,8 @@ def test_a_change_that_does_not_train_is_a_verdict(change, reason, judged, capsy
         (["--", "--val_every=5"], "set by the comparison"),
         (["--diff", "missing.diff"], "missing.diff"),
         (["--code", "missing"], "missing"),
-        (["--", "--checkpoint_every=0"], "leave out --checkpoint_every 0"),
+        (["--code", ""], "no such folder"),
+        (["--", "--checkpoint_every=0"], "has no checkpoint"),
     ],
 )
 def test_what_cannot_be_compared_is_an_error_not_a_verdict(args, message, judged, capsys):
@@ -123,28 +151,95 @@ def test_what_cannot_be_compared_is_an_error_not_a_verdict(args, message, judged
     assert error.value.code == 2 and message in err and err.count("\n") == 1 and "verdict" not in out
 
 
-def test_diffs_of_git_and_of_a_page_are_applied_and_others_refused(tmp_path):
-    git = subprocess.run(["git", "--version"], capture_output=True)
-    assert git.returncode == 0
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.py").write_text("one = 1\n\ntwo = 2\nthree = 3\n" + "\n".join("abcdefgh") + "\nlast\n")
-    (tmp_path / "b" / "x.py").write_text("one = 1\n\ntwo = 4\nthree = 3\n" + "\n".join("abcdefgh") + "\nnew\nlast\n")
-    (tmp_path / "b" / "y.py").write_text("new = 1\n")
-    diff = subprocess.run(["git", "diff", "--no-index", "a", "b"], cwd=tmp_path, capture_output=True, text=True).stdout
-    diff = diff.replace("+++ b/b/", "+++ b/")
-    compare.apply_diff(diff, tmp_path / "a")
-    for name in ("x.py", "y.py"):
-        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
-    with pytest.raises(UserError, match="found 0 times in x.py"):
-        compare.apply_diff(diff, tmp_path / "a")
-    with pytest.raises(UserError, match="not a diff"):
-        compare.apply_diff("some text\n", tmp_path / "a")
+@pytest.fixture
+def repository(tmp_path):
+    """A function that runs git in a repository of three files, one of them at the end of a change."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+
+    def git(*args):
+        done = subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x@y", *args], cwd=folder, capture_output=True, text=True
+        )
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    git("init")
+    for name in ("train_gpt2.py", "lib/gone.py", "lib/old.py", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(f"{name} {number}\n" for number in range(20)))
+    git("add", ".")
+    git("commit", "-m", "before")
+    shutil.copytree(folder, tmp_path / "before", ignore=shutil.ignore_patterns(".git"))
+    text = (folder / "train_gpt2.py").read_text().replace(" 3\n", " three\n\n")
+    (folder / "train_gpt2.py").write_text(text + "the end\n")
+    (folder / "README.md").write_text("changed\n")
+    git("mv", "lib/old.py", "lib/renamed.py")
+    git("rm", "lib/gone.py")
+    (folder / "package").mkdir()
+    (folder / "package" / "new.py").write_text("new = 1\n")
+    git("add", ".")
+    git("commit", "-m", "after")
+    git.folder = folder
+    return git
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["diff", "HEAD~"], ["diff", "--no-prefix", "HEAD~"], ["diff", "--src-prefix=i/", "--dst-prefix=w/", "HEAD~"],
+     ["format-patch", "--stdout", "HEAD~"], ["show"]],
+)  # fmt: skip
+def test_diffs_of_git_are_applied_once_and_whole(flags, repository, tmp_path):
+    diff = repository(*flags)
+    compare.apply_diff(diff, tmp_path / "before")
+    assert (tmp_path / "before" / "README.md").read_text() != "changed\n"  # it is no code
+    for folder in (tmp_path / "before", repository.folder):
+        (folder / "README.md").unlink()
+        shutil.rmtree(folder / ".git", ignore_errors=True)
+    names = {path.relative_to(repository.folder) for path in repository.folder.rglob("*")}
+    assert names == {path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*")}
+    for name in names:
+        if (repository.folder / name).is_file():
+            assert (repository.folder / name).read_text() == (tmp_path / "before" / name).read_text()
+    with pytest.raises(UserError, match="is it applied already"):
+        compare.apply_diff(diff, tmp_path / "before")
+
+
+@pytest.mark.parametrize("name", ["../outside.py", "{}/outside.py"])
+def test_a_diff_changes_nothing_outside_of_the_copy(name, tmp_path):
+    (tmp_path / "outside.py").write_text("old\n")
+    (tmp_path / "copy").mkdir()
+    name = name.format(tmp_path)
+    with pytest.raises(UserError, match="does not fit"):
+        compare.apply_diff(f"--- {name}\n+++ {name}\n@@ -1 +1 @@\n-old\n+new\n", tmp_path / "copy")
+    assert (tmp_path / "outside.py").read_text() == "old\n"
+
+
+def test_what_is_no_diff_is_refused(tmp_path):
+    for text in ("", "some text\n"):
+        with pytest.raises(UserError, match="does not fit"):
+            compare.apply_diff(text, tmp_path)
+
+
+def test_the_copied_code_is_what_a_run_imports_and_nothing_else(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "lib", source / "lib")
+    for name in ("train_gpt2.py", "package/part.py", "lib/table.csv", "data/big.npy", "tests/test_x.py", "README.md",
+                 ".venv/x.py", "venv/lib/site-packages/x.py", "compare/code_1/train_gpt2.py"):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    copy = compare.copy_code(source, tmp_path / "compare")
+    found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file() and path.parent.name != "lib"}
+    assert {name for name in found if not name.startswith("lib/")} == {"train_gpt2.py", "package/part.py"}
+    assert (copy / "lib" / "table.csv").exists() and not list(copy.rglob("__pycache__"))
+    (copy / "train_gpt2.py").write_text("edited where a traceback points to")
+    assert compare.copy_code(source, tmp_path / "compare") == copy
+    assert (copy / "train_gpt2.py").read_text() == "train_gpt2.py"
 
 
 @pytest.mark.parametrize("name", [path.name for path in ROOT.glob("docs/ingredients/*.diff")])
 def test_the_diffs_of_the_ingredients_fit_and_leave_python(name, tmp_path):
-    (tmp_path / "train_gpt2.py").write_text((ROOT / "train_gpt2.py").read_text())
+    shutil.copy(ROOT / "train_gpt2.py", tmp_path)
     compare.apply_diff((ROOT / "docs" / "ingredients" / name).read_text(), tmp_path)
     compile((tmp_path / "train_gpt2.py").read_text(), name, "exec")
 
@@ -176,4 +271,4 @@ def test_an_interrupted_comparison_continues(tmp_path):
         assert "the same command continues" in process.communicate(timeout=60)[1]
         assert process.returncode == -signal.SIGINT
     (run,) = tmp_path.glob("compare/*/seed_1")
-    assert "stopped by a signal" in (run / "console.txt").read_text() and list(run.glob("model_*.pt"))
+    assert "stopped by a signal" in (run / "console.txt").read_text() and list(run.glob("log/model_*.pt"))

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -34,12 +35,14 @@ from lib.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from lib.console import UserError, run_as_command, say
 from lib.data.folder import ShardFolder
 from lib.device import default_device, name_of
-from lib.files import ROOT, atomic_write, expand, hash_file, list_folder
-from tools.plot import UNITS, enlarge_the_end, plot_curves, read_run, save, smooth, tokens_at
+from lib.files import ROOT, atomic_write, expand, hash_file, list_folder, lock_folder
+from tools.plot import UNITS, enlarge_the_end, plot_curves, read_log, read_run, save, smooth, tokens_at
 from train_gpt2 import PRESETS
 
 QUIET = [f"--{what}_every=0" for what in ("hellaswag", "sample", "plot")]
 MEASURE = [f"--val_every={2**40}", f"--val_tokens={2**40}"]  # at the beginning and the end, on the whole split
+WHOLE = ("lib", "assets")  # folders of which everything is copied; of others, but for NOT_COPIED, Python
+NOT_COPIED = ("docs", "tests", "tools")
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)  # exit codes of a run that others ended
 # the 97.5% quantile of Student's t with 1, 2, ... degrees of freedom
 T = (
@@ -57,43 +60,51 @@ class DoesNotTrain(Exception):
 
 
 def apply_diff(text, folder):
-    """Apply a diff to the files in a folder: by git, or the fenced parts of a Markdown page, each after the name of its
-    file in backquotes. Line numbers are ignored: the old lines of each part must be in one place only."""
-    path, applied = None, False
-    for part in re.split(r"^(?=\+\+\+ |`[^`\s]+`$|@@|```)", text, flags=re.M):
-        first, *lines = part.splitlines() or [""]
-        if name := re.fullmatch(r"\+\+\+ (?:b/)?(\S+).*|`([^`]+)`", first):
-            path = folder / (name[1] or name[2])
-        lines = [line or " " for line in lines if line[:1] in ("", *" -+") and not line.startswith("--- ")]
-        if not (path and lines and first.startswith(("@@", "```diff"))):
-            continue
-        old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
-        content = path.read_text(encoding="utf-8") if path.exists() else ""
-        if content.count(old) != 1:  # a new file is empty, and so is what it replaces
-            found = f"found {content.count(old)} times in {path.name}, must be once (is the diff applied already?)"
-            raise UserError(f"the diff does not fit; {found}:\n{old}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content.replace(old, new), encoding="utf-8")
-        applied = True
-    if not applied:
-        raise UserError("not a diff: expected what git diff prints, or parts as in docs/hacking.md")
+    """Apply a diff to the scripts in a folder: of git or diff -u, or the fenced parts of a Markdown page, each after
+    the name of its file in backquotes. Changes of what copy_code does not copy are left out."""
+    path, parts = None, []
+    for name, part in re.findall(r"^`([^`\s]+)`$|^```diff\n(.*?)^```$", text, re.M | re.S):
+        path = name or path
+        lines = [line or " " for line in part.splitlines()]
+        old, new = (sum(line[0] in kinds for line in lines) for kinds in (" -", " +"))
+        parts += [f"--- a/{path}", f"+++ b/{path}", f"@@ -2,{old} +2,{new} @@", *lines] * bool(part)
+    command = ["git", "apply", *(f"--exclude={name}/*" for name in NOT_COPIED), "--include=*.py"]
+    command += [f"--include={name}/*" for name in WHOLE]
+    command += ["--unidiff-zero"] * bool(parts)  # what a page adds may have no other lines around it
+    # in no repository, so that git takes the names as they are
+    place = {"cwd": folder, "env": {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}}
+    text, failed = "\n".join(parts or [text]) + "\n", []
+    for strip in ("-p1", "-p0"):  # names as a/train_gpt2.py, or without the a/
+        done = subprocess.run([*command, strip], **place, input=text, capture_output=True, text=True)
+        if not done.returncode:
+            return
+        failed.append(" ".join(done.stderr.split()))
+    raise UserError(f"the diff does not fit (is it applied already?): {failed[0]}")
 
 
 def copy_code(source, folder, diff=None):
-    """Copy the scripts in `source` to folder/code_HASH, with a diff (the path of its file) applied, and return that."""
+    """Copy the scripts in `source` to folder/code_HASH, with a diff (the path of its file) applied, and return that.
+    Copied are Python files, and all of lib/ and assets/."""
+    if not (source / "train_gpt2.py").is_file():
+        raise UserError(f"{source}/ has no train_gpt2.py")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             copy = Path(temporary) / "code"
-            for name in ("lib", "assets"):
-                shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            for path in source.glob("*.py"):
-                shutil.copy(path, copy)
+            others = {path.parent for path in source.glob("*/**/train_gpt2.py")}  # copies that lie in it
+            for path in source.rglob("*"):
+                parts = path.relative_to(source).parts
+                hidden = any(part.startswith((".", "__pycache__", "site-packages")) for part in parts)
+                if hidden or parts[0] in NOT_COPIED or others & {*path.parents}:
+                    continue
+                if path.is_file() and (path.suffix == ".py" or parts[0] in WHOLE):
+                    (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, copy / path.relative_to(source))
             if diff:
-                apply_diff(Path(expand(diff)).read_text(encoding="utf-8"), copy)
-            files = sorted(path for path in copy.rglob("*") if path.is_file())
-            place = folder / f"code_{hash_of([(str(path.relative_to(copy)), hash_file(path)) for path in files])}"
-            if not place.exists():
+                apply_diff(diff.read_text(encoding="utf-8"), copy)
+            place = folder / f"code_{hash_of_folder(copy)}"
+            if not place.exists() or place.name != f"code_{hash_of_folder(place)}":  # it was edited
+                shutil.rmtree(place, ignore_errors=True)
                 copy.rename(place)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot copy the code to compare into {folder}/: {error}") from None
@@ -105,14 +116,13 @@ def hash_of(facts):
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def hash_of_folder(folder):
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return hash_of([(str(path.relative_to(folder)), hash_file(path)) for path in paths])
+
+
 # -----------------------------------------------------------------------------
 # Runs
-
-
-def data_of(run):
-    """Identifies the data of a run, by its settings; None if it is gone."""
-    data_dir = json.loads((run / "config.json").read_bytes())["data_dir"]
-    return hash_of(ShardFolder(data_dir).facts) if list_folder(data_dir) else None
 
 
 def launch(command, console):
@@ -128,45 +138,61 @@ def launch(command, console):
 
 def start(code, flags, run):
     """Train in the folder of a run. Raises DoesNotTrain if it crashes or diverges, UserError if it ends otherwise."""
+    resume = (run / "log" / "config.json").exists()
+    command = [sys.executable, str(code / "train_gpt2.py"), *flags, *["--init_from", "resume"] * resume]
     with open(run / "console.txt", "ab") as console:
-        ended = launch([sys.executable, str(code / "train_gpt2.py"), *flags, "--log_dir", str(run)], console)
+        ended = launch([*command, "--log_dir", str(run / "log")], console)
     printed = (run / "console.txt").read_text(encoding="utf-8", errors="replace")
     failure = f"{printed.rstrip().rpartition(chr(10))[2].removeprefix('error: ')} (see {run}/console.txt)"
     if ended in STOPPED:
         raise UserError(f"the run was stopped by signal {-ended}: the same command continues")
     if ended == 2 and "NaN or infinite in steps" not in failure:
-        raise UserError(failure)
+        raise UserError(failure + f". To start this run again, delete {run}/" * resume)
     if ended:
         raise DoesNotTrain(failure if ended > 0 else f"killed by signal {-ended} (see {run}/console.txt)")
+
+
+def data_of(data_dir):
+    """Identifies the data in a folder; None if they are gone."""
+    return hash_of(ShardFolder(data_dir).facts) if list_folder(data_dir) else None
+
+
+def result_of(log_dir):
+    """What a run that has ended gave, from its last checkpoint and its log."""
+    if not list_checkpoints(log_dir):
+        raise UserError(f"{log_dir}/ has no checkpoint: the run made no step, or saved none")
+    end = load_checkpoint(newest_checkpoint(log_dir))
+    if max(read_log(log_dir / "log.txt").get("val", [-1])) != end["step"]:
+        raise UserError(f"{log_dir}/log.txt has no validation loss of the last step, {end['step']}")
+    if not math.isfinite(end["val_loss"]):
+        raise DoesNotTrain(f"the validation loss is {end['val_loss']}")
+    data_dir = end["train_config"]["data_dir"]
+    weights = {w.data_ptr(): w.numel() for w in end["model"].values() if torch.is_tensor(w)}  # tied ones once
+    result = {"val_loss": end["val_loss"], "seconds": end["seconds"]["training"], "tokens": end["tokens"]}
+    return result | {"parameters": sum(weights.values()), "data_dir": data_dir, "data": data_of(data_dir)}
 
 
 def train(folder, code, flags, seed):
     """What a run gave: its folder, val_loss in nats per token, seconds of training, tokens, parameters. Trains if there
     is no result for this code, these flags and what decides the rounding, or if the data has changed since."""
     rounding = torch.__version__, torch.get_num_threads(), name_of(torch.device(default_device()))
-    run = folder / hash_of([code.name, flags, *rounding]) / f"seed_{seed}"
+    named = [newest_checkpoint(expand(flag.rpartition("=")[2])) for flag in flags if "://" not in flag]
+    weights = [(path, os.stat(path).st_size, os.stat(path).st_mtime) for path in named if os.path.isfile(path)]
+    run = folder / hash_of([code.name, flags, weights, *rounding]) / f"seed_{seed}"
     path = run / "result.json"
-    if path.exists():
-        result = json.loads(path.read_bytes())
-        if result["data"] == data_of(run):
-            return {"run": run, **result}
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    resume = ["--init_from", "resume"] * (run / "config.json").exists()
-    start(code, [*flags, *MEASURE, *resume, "--seed", str(seed)], run)
-    if not list_checkpoints(run):
-        raise UserError(f"{run}/ has no checkpoint: leave out --checkpoint_every 0")
-    end = load_checkpoint(newest_checkpoint(run))
-    if not math.isfinite(end["val_loss"]):
-        raise DoesNotTrain(f"the validation loss is {end['val_loss']}")
-    weights = {w.data_ptr(): w.numel() for w in end["model"].values() if torch.is_tensor(w)}  # tied ones once
-    result = {"val_loss": end["val_loss"], "seconds": end["seconds"]["training"], "tokens": end["tokens"]}
-    result |= {"parameters": sum(weights.values()), "data": data_of(run)}
-    with atomic_write(path) as file:
-        file.write(json.dumps(result).encode())
-    for checkpoint in list_checkpoints(run):
-        checkpoint.unlink()
-    return {"run": run, **result}
+    with lock_folder(run):
+        result = json.loads(path.read_bytes()) if path.exists() else None
+        if result and data_of(result["data_dir"]) not in (result["data"], None):  # other data
+            path.unlink()
+            shutil.rmtree(run / "log")
+        if not path.exists():
+            start(code, [*flags, *MEASURE, "--seed", str(seed)], run)
+            result = result_of(run / "log")
+            with atomic_write(path) as file:
+                file.write(json.dumps(result).encode())
+            for checkpoint in list_checkpoints(run / "log"):
+                checkpoint.unlink()
+    return {"run": run / "log", **result}
 
 
 # -----------------------------------------------------------------------------
@@ -205,12 +231,15 @@ def draw(v, sides, out):
     """The curves of both sides and the differences by seed, as a picture. sides: the results of each, by seed."""
     curves = []
     for results, name, color in zip(sides, ("changed", "unchanged"), ("C1", "C0"), strict=True):
-        runs = [read_run(result["run"], None) for result in results]
-        losses = [smooth(np.array([*run.records["train"].values()])) for run in runs]
-        tokens = tokens_at(runs[0], np.array([*runs[0].records["train"]]))
-        curves += [(tokens, line, {"color": color, "linewidth": 0.5, "alpha": 0.5}) for line in losses]
-        curves.append((tokens, np.mean(losses, axis=0), {"color": color, "linewidth": 1.8, "label": name}))
-    end = max(tokens[-1] for tokens, _, _ in curves)
+        lines = []
+        for run in [read_run(result["run"], None) for result in results]:
+            steps, losses = np.array([*run.records["train"].items()]).T
+            lines.append((tokens_at(run, steps), smooth(losses)))
+            curves.append((*lines[-1], {"color": color, "linewidth": 0.5, "alpha": 0.5}))
+        tokens = lines[0][0]
+        mean = np.mean([np.interp(tokens, *line) for line in lines], axis=0)
+        curves.append((tokens, mean, {"color": color, "linewidth": 1.8, "label": name}))
+    end = max(tokens[-1] for tokens, _, _ in curves) or 1
     unit = next(unit for unit in UNITS if unit <= end)
     figure = Figure((12, 5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -250,6 +279,8 @@ def train_pair(sides, seed, folder):
         pair.append(result)
     if failed:
         raise DoesNotTrain("; ".join(failed))
+    if pair[0]["data"] != pair[1]["data"]:
+        say("warning: the sides have different data: their losses compare only if the validation shards are the same")
     return pair
 
 
@@ -275,12 +306,12 @@ def compare(args):
     for flag in args.both + args.only:
         if re.match(r"--(preset|seed|log[-_]dir|val[-_]every|val[-_]tokens)\b", flag):
             raise UserError(f"{flag} is set by the comparison itself: see python -m tools.compare --help")
-    for path in filter(None, (args.out, args.json)):
-        if not Path(expand(path)).absolute().parent.is_dir():
-            raise UserError(f"{path}: there is no such folder")
+    for path in (args.code, args.diff, args.out, args.json):
+        if path is not None and not (path and Path(expand(path)).absolute().parent.is_dir()):
+            raise UserError(f"{path!r}: there is no such folder")
     folder = Path(expand(args.folder))
     flags = ["--preset", args.preset, *QUIET, *args.both]
-    changed = copy_code(Path(expand(args.code or ROOT)), folder, args.diff)
+    changed = copy_code(Path(expand(args.code or ROOT)), folder, args.diff and Path(expand(args.diff)))
     unchanged = copy_code(ROOT, folder)
     sides = [("changed", changed, flags + args.only), ("unchanged", unchanged, flags)]  # a wrong flag shows at once
     pairs = []
@@ -292,13 +323,17 @@ def compare(args):
                 verdict = judge(*[[result["val_loss"] for result in side] for side in results])
                 say(f"so far: {describe(verdict)}")
         report(verdict, results)
-        draw(verdict, results, expand(args.out))
         text = describe(verdict)
     except DoesNotTrain as error:
         verdict = {"verdict": "does not train", "reason": str(error)}
         text = f"does not train: {error}"
-    if args.json:
-        Path(expand(args.json)).write_text(json.dumps(verdict, indent=1) + "\n")
+    try:
+        if args.json:
+            Path(expand(args.json)).write_text(json.dumps(verdict, indent=1) + "\n")
+        if "low" in verdict:
+            draw(verdict, results, expand(args.out))
+    except Exception as error:  # the verdict needs neither, nor a whole log.txt
+        say(f"warning: {error}")
     say(f"verdict: {text}")
     return verdict
 
