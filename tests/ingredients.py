@@ -135,7 +135,7 @@ def write():
     axes.invert_yaxis()
     axes.set(title="what each change does to the demo's validation loss: mean, 95% interval, each pair", xlabel="nats")
     axes.set_xscale("symlog", linthresh=0.4)
-    ticks = [-0.4, -0.2, 0, 0.2, 0.4, 1]
+    ticks = [-0.4, -0.2, 0, 0.2, 0.4, 1, 2]
     axes.set_xticks(ticks, ticks)
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS.with_suffix(".png"))

@@ -54,8 +54,10 @@ def test_a_run_resumes_with_whatever_optimizer_it_has(name, tiny, tmp_path, monk
     assert_resumes_bit_for_bit(tiny, tmp_path, monkeypatch)
 
 
-def test_two_optimizers_resume_in_float16_with_its_scaler(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(GPT, "configure_optimizers", sgd_and_adamw)
+@pytest.mark.parametrize("optimizers", [GPT.configure_optimizers, sgd_and_adamw])
+def test_a_run_resumes_in_float16_with_its_scaler(optimizers, tiny, tmp_path, monkeypatch):
+    """Which lowers the scale of the loss in the first steps."""
+    monkeypatch.setattr(GPT, "configure_optimizers", optimizers)
     assert_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, dtype="float16")
 
 

@@ -267,21 +267,6 @@ def test_weights_that_an_update_blew_up_are_not_resumed_from(every, tiny, tmp_pa
     assert "resuming at step 4, " in capsys.readouterr().out and losses(tmp_path / "log", "val")[20] < 5.5
 
 
-def test_a_float16_run_that_is_stopped_and_resumed_is_the_same(tiny, tmp_path):
-    """Its scaler, which lowers the scale of the loss at the beginning, resumes, too."""
-    settings = dict(
-        dtype="float16", max_steps=120, micro_batch_size=16, n_layer=1, val_every=100, checkpoint_every=1000
-    )
-    main(tiny(log_dir=str(tmp_path / "whole"), **settings))
-    process = start(tiny(log_dir=str(tmp_path / "stopped"), **settings))
-    read_until(process, r"step +5/120")
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    assert 5 < len(losses(tmp_path / "stopped", "train")) < 120
-    main(tiny(log_dir=str(tmp_path / "stopped"), **settings, init_from="resume"))
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 120)
-
-
 def test_gradients_that_no_scale_makes_finite_stop_a_float16_run(tiny, monkeypatch):
     forward = train_gpt2.GPT.forward
 
