@@ -238,7 +238,8 @@ def test_the_copied_code_is_what_a_run_imports_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("name", [path.name for path in ROOT.glob("docs/ingredients/*.diff")])
-def test_the_diffs_of_the_ingredients_fit_and_leave_python(name, tmp_path):
+def test_the_diffs_of_the_ingredients_fit_and_leave_python(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook
     shutil.copy(ROOT / "train_gpt2.py", tmp_path)
     compare.apply_diff((ROOT / "docs" / "ingredients" / name).read_text(), tmp_path)
     compile((tmp_path / "train_gpt2.py").read_text(), name, "exec")

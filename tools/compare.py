@@ -71,11 +71,11 @@ def apply_diff(text, folder):
     command = ["git", "apply", *(f"--exclude={name}/*" for name in NOT_COPIED), "--include=*.py"]
     command += [f"--include={name}/*" for name in WHOLE]
     command += ["--unidiff-zero"] * bool(parts)  # what a page adds may have no other lines around it
-    # in no repository, so that git takes the names as they are
-    place = {"cwd": folder, "env": {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}}
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    settings["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)  # in no repository, git takes names as they are
     text, failed = "\n".join(parts or [text]) + "\n", []
     for strip in ("-p1", "-p0"):  # names as a/train_gpt2.py, or without the a/
-        done = subprocess.run([*command, strip], **place, input=text, capture_output=True, text=True)
+        done = subprocess.run([*command, strip], cwd=folder, env=settings, input=text, capture_output=True, text=True)
         if not done.returncode:
             return
         failed.append(" ".join(done.stderr.split()))
