@@ -215,10 +215,38 @@ def test_a_diff_changes_nothing_outside_of_the_copy(name, tmp_path):
     assert (tmp_path / "outside.py").read_text() == "old\n"
 
 
-def test_what_is_no_diff_is_refused(tmp_path):
-    for text in ("", "some text\n"):
-        with pytest.raises(UserError, match="does not fit"):
-            compare.apply_diff(text, tmp_path)
+PAGE = "`a.py`\n\nSome text.\n\n```diff\n one\n+new\n```\n\n```diff\n-last\n+end\n```\n"
+
+
+def test_a_page_is_applied_once(tmp_path):
+    (tmp_path / "a.py").write_text("one\ntwo\nlast\n")
+    compare.apply_diff(PAGE, tmp_path)
+    assert (tmp_path / "a.py").read_text() == "one\nnew\ntwo\nend\n"
+    with pytest.raises(UserError, match="is it applied already"):
+        compare.apply_diff(PAGE, tmp_path)
+
+
+NEW_FILE = (
+    "diff --git a/lib/b.py b/lib/b.py\nnew file mode 100644\n--- /dev/null\n+++ b/lib/b.py\n@@ -0,0 +1 @@\n+new\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("", "does not fit"), ("some text\n", "does not fit"), (NEW_FILE, "does not fit"),
+     (PAGE.replace("`a.py`", "In `a.py`:"), "the name of a file"), (PAGE.replace("a.py", "../a.py"), "the name of a f"),
+     (PAGE.replace(" one", " twice"), "2 places in a.py"), (NEW_FILE.replace("b.py", "b.md"), "does not fit"),
+     (NEW_FILE.replace("lib/b.py", "docs/b.py"), "changes nothing")],
+)  # fmt: skip
+def test_a_diff_that_does_not_fit_or_does_nothing_is_refused(text, message, tmp_path):
+    (tmp_path / "copy" / "lib").mkdir(parents=True)
+    for name in ("lib/b.py", "lib/b.md"):
+        (tmp_path / "copy" / name).write_text("is there already\n")
+    for name in ("a.py", "copy/a.py"):
+        (tmp_path / name).write_text("one\ntwice\nlast\ntwice\n")
+    with pytest.raises(UserError, match=message):
+        compare.apply_diff(text, tmp_path / "copy")
+    assert (tmp_path / "a.py").read_text() == "one\ntwice\nlast\ntwice\n"
 
 
 def test_the_copied_code_is_what_a_run_imports_and_nothing_else(tmp_path):
@@ -228,12 +256,16 @@ def test_the_copied_code_is_what_a_run_imports_and_nothing_else(tmp_path):
                  ".venv/x.py", "venv/lib/site-packages/x.py", "compare/code_1/train_gpt2.py"):  # fmt: skip
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
-    copy = compare.copy_code(source, tmp_path / "compare")
+    elsewhere = [compare.copy_code(source, folder).name for folder in (source, tmp_path, tmp_path / "compare")]
+    (source / "compare" / "left_by_kill_9").mkdir()
+    (source / "compare" / "left_by_kill_9" / "fineweb.py").write_text("")
+    copy = compare.copy_code(source, source / "compare")
+    assert compare.copy_code(source, source / "compare") == copy and {*elsewhere} == {copy.name}
     found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file() and path.parent.name != "lib"}
     assert {name for name in found if not name.startswith("lib/")} == {"train_gpt2.py", "package/part.py"}
     assert (copy / "lib" / "table.csv").exists() and not list(copy.rglob("__pycache__"))
     (copy / "train_gpt2.py").write_text("edited where a traceback points to")
-    assert compare.copy_code(source, tmp_path / "compare") == copy
+    assert compare.copy_code(source, source / "compare") == copy
     assert (copy / "train_gpt2.py").read_text() == "train_gpt2.py"
 
 

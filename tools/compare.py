@@ -59,27 +59,43 @@ class DoesNotTrain(Exception):
 # Code
 
 
-def apply_diff(text, folder):
-    """Apply a diff to the scripts in a folder: of git or diff -u, or the fenced parts of a Markdown page, each after
-    the name of its file in backquotes. Changes of what copy_code does not copy are left out."""
-    path, parts = None, []
+def apply_page(text, folder):
+    """Apply the fenced diffs of a Markdown page, each after the name of its file in backquotes on a line of its own."""
+    path = None
     for name, part in re.findall(r"^`([^`\s]+)`$|^```diff\n(.*?)^```$", text, re.M | re.S):
-        path = name or path
-        lines = [line or " " for line in part.splitlines()]
-        old, new = (sum(line[0] in kinds for line in lines) for kinds in (" -", " +"))
-        parts += [f"--- a/{path}", f"+++ b/{path}", f"@@ -2,{old} +2,{new} @@", *lines] * bool(part)
-    command = ["git", "apply", *(f"--exclude={name}/*" for name in NOT_COPIED), "--include=*.py"]
-    command += [f"--include={name}/*" for name in WHOLE]
-    command += ["--unidiff-zero"] * bool(parts)  # what a page adds may have no other lines around it
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    settings["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)  # in no repository, git takes names as they are
-    text, failed = "\n".join(parts or [text]) + "\n", []
-    for strip in ("-p1", "-p0"):  # names as a/train_gpt2.py, or without the a/
-        done = subprocess.run([*command, strip], cwd=folder, env=settings, input=text, capture_output=True, text=True)
-        if not done.returncode:
-            return
-        failed.append(" ".join(done.stderr.split()))
-    raise UserError(f"the diff does not fit (is it applied already?): {failed[0]}")
+        path = folder / name if name else path
+        if part:
+            if path not in folder.rglob("*"):
+                raise UserError("the page does not fit: the name of a file of the code must stand before each diff")
+            lines = [line or " " for line in part.splitlines()]
+            old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+            content = path.read_text(encoding="utf-8")
+            if content.count(old) != 1 or (len(new) > len(old) and new in content):
+                found = f"{content.count(old)} places in {path.name}, must be 1"
+                raise UserError(f"a diff of the page does not fit (is it applied already?), {found}: {old!r}")
+            path.write_text(content.replace(old, new), encoding="utf-8")
+
+
+def apply_diff(text, folder):
+    """Apply a diff to the scripts in a folder: of git or diff -u, or those of a Markdown page such as docs/hacking.md.
+    Changes of what copy_code does not copy are left out."""
+    before = hash_of_folder(folder)
+    if re.search(r"^```diff$", text, re.M):
+        apply_page(text, folder)
+    else:
+        names = re.findall(r"^\+\+\+ ([^\t\n]+)", text, re.M)  # b/train_gpt2.py, or without the b/
+        strip = 0 if any((folder / name).parent.is_dir() for name in names if name != "/dev/null") else 1
+        command = ["git", "apply", f"-p{strip}", *(f"--exclude={name}/*" for name in NOT_COPIED), "--include=*.py"]
+        command += [f"--include={name}/*" for name in WHOLE]
+        settings = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        settings["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)  # as if in no repository
+        if not shutil.which("git"):
+            raise UserError("--diff needs git: install it, or give an edited copy with --code")
+        done = subprocess.run(command, cwd=folder, env=settings, input=text + "\n", capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"the diff does not fit (is it applied already?): {' '.join(done.stderr.split())}")
+    if hash_of_folder(folder) == before:
+        raise UserError("the diff changes nothing of what is compared: Python files, lib/ and assets/")
 
 
 def copy_code(source, folder, diff=None):
@@ -87,15 +103,15 @@ def copy_code(source, folder, diff=None):
     Copied are Python files, and all of lib/ and assets/."""
     if not (source / "train_gpt2.py").is_file():
         raise UserError(f"{source}/ has no train_gpt2.py")
+    others = {folder.resolve(), *(path.parent.resolve() for path in source.glob("*/**/train_gpt2.py"))}
+    others -= {source.resolve(), *source.resolve().parents}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with lock_folder(folder, wait=True), tempfile.TemporaryDirectory(dir=folder) as temporary:
             copy = Path(temporary) / "code"
-            others = {path.parent for path in source.glob("*/**/train_gpt2.py")}  # copies that lie in it
-            for path in source.rglob("*"):
+            for path in list(source.rglob("*")):
                 parts = path.relative_to(source).parts
                 hidden = any(part.startswith((".", "__pycache__", "site-packages")) for part in parts)
-                if hidden or parts[0] in NOT_COPIED or others & {*path.parents}:
+                if hidden or parts[0] in NOT_COPIED or others & {*path.resolve().parents}:
                     continue
                 if path.is_file() and (path.suffix == ".py" or parts[0] in WHOLE):
                     (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +156,7 @@ def start(code, flags, run):
     """Train in the folder of a run. Raises DoesNotTrain if it crashes or diverges, UserError if it ends otherwise."""
     resume = (run / "log" / "config.json").exists()
     command = [sys.executable, str(code / "train_gpt2.py"), *flags, *["--init_from", "resume"] * resume]
+    (run / "console.txt").unlink(missing_ok=True)  # a process that was left behind may still write to the old one
     with open(run / "console.txt", "ab") as console:
         ended = launch([*command, "--log_dir", str(run / "log")], console)
     printed = (run / "console.txt").read_text(encoding="utf-8", errors="replace")
@@ -147,7 +164,8 @@ def start(code, flags, run):
     if ended in STOPPED:
         raise UserError(f"the run was stopped by signal {-ended}: the same command continues")
     if ended == 2 and "NaN or infinite in steps" not in failure:
-        raise UserError(failure + f". To start this run again, delete {run}/" * resume)
+        again = f". To start this run anew, delete {run}/" * (resume and "is being written" not in failure)
+        raise UserError(failure + again)
     if ended:
         raise DoesNotTrain(failure if ended > 0 else f"killed by signal {-ended} (see {run}/console.txt)")
 
@@ -333,7 +351,7 @@ def compare(args):
         if "low" in verdict:
             draw(verdict, results, expand(args.out))
     except Exception as error:  # the verdict needs neither, nor a whole log.txt
-        say(f"warning: {error}")
+        say(f"warning: cannot write the numbers or the picture: {error!r}")
     say(f"verdict: {text}")
     return verdict
 
