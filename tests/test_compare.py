@@ -235,6 +235,7 @@ NEW_FILE = (
     "text, message",
     [("", "does not fit"), ("some text\n", "does not fit"), (NEW_FILE, "does not fit"),
      (PAGE.replace("`a.py`", "In `a.py`:"), "the name of a file"), (PAGE.replace("a.py", "../a.py"), "the name of a f"),
+     (PAGE.removesuffix("```\n"), "end with ```"), (PAGE.replace("```diff\n one", "``` diff\n one"), "begin with ```d"),
      (PAGE.replace(" one", " twice"), "2 places in a.py"), (NEW_FILE.replace("b.py", "b.md"), "does not fit"),
      (NEW_FILE.replace("lib/b.py", "docs/b.py"), "changes nothing")],
 )  # fmt: skip
@@ -251,7 +252,10 @@ def test_a_diff_that_does_not_fit_or_does_nothing_is_refused(text, message, tmp_
 
 def test_the_copied_code_is_what_a_run_imports_and_nothing_else(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "lib", source / "lib")
+    source.mkdir()
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    (source / "lib").symlink_to(tmp_path / "lib")
+    (source / "assets").mkdir()
     for name in ("train_gpt2.py", "package/part.py", "lib/table.csv", "data/big.npy", "tests/test_x.py", "README.md",
                  ".venv/x.py", "venv/lib/site-packages/x.py", "compare/code_1/train_gpt2.py"):  # fmt: skip
         (source / name).parent.mkdir(parents=True, exist_ok=True)

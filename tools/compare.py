@@ -43,6 +43,7 @@ QUIET = [f"--{what}_every=0" for what in ("hellaswag", "sample", "plot")]
 MEASURE = [f"--val_every={2**40}", f"--val_tokens={2**40}"]  # at the beginning and the end, on the whole split
 WHOLE = ("lib", "assets")  # folders of which everything is copied; of others, but for NOT_COPIED, Python
 NOT_COPIED = ("docs", "tests", "tools")
+FENCE = r"(?im)^\s*(?:```|~~~)\s*diff"  # of a page
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)  # exit codes of a run that others ended
 # the 97.5% quantile of Student's t with 1, 2, ... degrees of freedom
 T = (
@@ -61,18 +62,20 @@ class DoesNotTrain(Exception):
 
 def apply_page(text, folder):
     """Apply the fenced diffs of a Markdown page, each after the name of its file in backquotes on a line of its own."""
-    path = None
-    for name, part in re.findall(r"^`([^`\s]+)`$|^```diff\n(.*?)^```$", text, re.M | re.S):
+    path, found = None, re.findall(r"^`([^`\s]+)`\s*?$|^```diff\n(.*?)^```$", text, re.M | re.S)
+    if len(re.findall(FENCE, text)) != len([part for _, part in found if part]):
+        raise UserError("a diff of the page does not begin with ```diff or end with ```, alone on a line")
+    for name, part in found:
         path = folder / name if name else path
         if part:
-            if path not in folder.rglob("*"):
+            if path not in folder.rglob("*") or path.is_dir():
                 raise UserError("the page does not fit: the name of a file of the code must stand before each diff")
             lines = [line or " " for line in part.splitlines()]
             old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
             content = path.read_text(encoding="utf-8")
             if content.count(old) != 1 or (len(new) > len(old) and new in content):
-                found = f"{content.count(old)} places in {path.name}, must be 1"
-                raise UserError(f"a diff of the page does not fit (is it applied already?), {found}: {old!r}")
+                places = f"{content.count(old)} places in {path.name}, must be 1"
+                raise UserError(f"a diff of the page does not fit (is it applied already?), {places}: {old!r}")
             path.write_text(content.replace(old, new), encoding="utf-8")
 
 
@@ -80,7 +83,7 @@ def apply_diff(text, folder):
     """Apply a diff to the scripts in a folder: of git or diff -u, or those of a Markdown page such as docs/hacking.md.
     Changes of what copy_code does not copy are left out."""
     before = hash_of_folder(folder)
-    if re.search(r"^```diff$", text, re.M):
+    if re.search(FENCE, text) and not re.search(r"(?m)^(\+\+\+|diff --git) ", text):
         apply_page(text, folder)
     else:
         names = re.findall(r"^\+\+\+ ([^\t\n]+)", text, re.M)  # b/train_gpt2.py, or without the b/
@@ -101,14 +104,14 @@ def apply_diff(text, folder):
 def copy_code(source, folder, diff=None):
     """Copy the scripts in `source` to folder/code_HASH, with a diff (the path of its file) applied, and return that.
     Copied are Python files, and all of lib/ and assets/."""
-    if not (source / "train_gpt2.py").is_file():
-        raise UserError(f"{source}/ has no train_gpt2.py")
+    if missing := [name for name in ("train_gpt2.py", *WHOLE) if not (source / name).exists()]:
+        raise UserError(f"{source}/ is no copy of the scripts, it has no {missing[0]}")
     others = {folder.resolve(), *(path.parent.resolve() for path in source.glob("*/**/train_gpt2.py"))}
     others -= {source.resolve(), *source.resolve().parents}
     try:
         with lock_folder(folder, wait=True), tempfile.TemporaryDirectory(dir=folder) as temporary:
             copy = Path(temporary) / "code"
-            for path in list(source.rglob("*")):
+            for path in [path for top in source.iterdir() for path in (top, *top.rglob("*"))]:  # a link is followed
                 parts = path.relative_to(source).parts
                 hidden = any(part.startswith((".", "__pycache__", "site-packages")) for part in parts)
                 if hidden or parts[0] in NOT_COPIED or others & {*path.resolve().parents}:
