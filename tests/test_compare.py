@@ -14,6 +14,7 @@ import pytest
 from support import ROOT, environment, run_warm, write_shards
 
 from lib.console import UserError
+from lib.files import lock_folder
 from tools import compare
 from train_gpt2 import main, parse_args
 
@@ -107,6 +108,20 @@ def test_new_weights_train_again(judged, shared, tmp_path):
 def test_a_single_step_has_a_verdict_and_a_picture(judged, shared):
     assert judged("--seeds", "2", "--both", f"{FLAGS} --data_dir {shared}/data --max_steps 1")["pairs"] == 2
     assert Path("compare.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_verdict(judged, capsys):
+    assert judged("--seeds", "2", "--out", "curves.unknown", "--", "--max_lr=0")["verdict"] == "worse"
+    warning, last = capsys.readouterr().out.splitlines()[-2:]
+    assert warning.startswith("warning: cannot write") and last.startswith("verdict: worse")
+
+
+def test_a_run_of_another_comparison_is_left_alone(judged, shared, tmp_path):
+    code, flags = compare.copy_code(ROOT, shared / "compare"), ["--preset", "demo", *compare.QUIET, *FLAGS.split()]
+    flags += ["--data_dir", str(shared / "data")]
+    run = compare.train(tmp_path / "runs", code, flags, 1)["run"].parent
+    with lock_folder(run), pytest.raises(UserError, match="is being written by process"):
+        compare.train(tmp_path / "runs", code, flags, 1)
 
 
 def test_a_loss_of_an_earlier_step_is_not_judged(judged, capsys):
