@@ -113,7 +113,7 @@ def test_a_single_step_has_a_verdict_and_a_picture(judged, shared):
 def test_a_picture_that_cannot_be_drawn_costs_no_verdict(judged, capsys):
     assert judged("--seeds", "2", "--out", "curves.unknown", "--", "--max_lr=0")["verdict"] == "worse"
     warning, last = capsys.readouterr().out.splitlines()[-2:]
-    assert warning.startswith("warning: cannot write") and last.startswith("verdict: worse")
+    assert warning.startswith("warning: no picture") and last.startswith("verdict: worse")
 
 
 def test_a_run_of_another_comparison_is_left_alone(judged, shared, tmp_path):
@@ -216,7 +216,7 @@ def test_diffs_of_git_are_applied_once_and_whole(flags, repository, tmp_path):
     for name in names:
         if (repository.folder / name).is_file():
             assert (repository.folder / name).read_text() == (tmp_path / "before" / name).read_text()
-    with pytest.raises(UserError, match="is it applied already"):
+    with pytest.raises(UserError, match="git cannot apply the diff"):
         compare.apply_diff(diff, tmp_path / "before")
 
 
@@ -225,7 +225,7 @@ def test_a_diff_changes_nothing_outside_of_the_copy(name, tmp_path):
     (tmp_path / "outside.py").write_text("old\n")
     (tmp_path / "copy").mkdir()
     name = name.format(tmp_path)
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="git cannot apply"):
         compare.apply_diff(f"--- {name}\n+++ {name}\n@@ -1 +1 @@\n-old\n+new\n", tmp_path / "copy")
     assert (tmp_path / "outside.py").read_text() == "old\n"
 
@@ -237,7 +237,7 @@ def test_a_page_is_applied_once(tmp_path):
     (tmp_path / "a.py").write_text("one\ntwo\nlast\n")
     compare.apply_diff(PAGE, tmp_path)
     assert (tmp_path / "a.py").read_text() == "one\nnew\ntwo\nend\n"
-    with pytest.raises(UserError, match="is it applied already"):
+    with pytest.raises(UserError, match="is applied already, in a.py"):
         compare.apply_diff(PAGE, tmp_path)
 
 
@@ -248,10 +248,10 @@ NEW_FILE = (
 
 @pytest.mark.parametrize(
     "text, message",
-    [("", "does not fit"), ("some text\n", "does not fit"), (NEW_FILE, "does not fit"),
+    [("", "git cannot apply"), ("some text\n", "git cannot apply"), (NEW_FILE, "git cannot apply"),
      (PAGE.replace("`a.py`", "In `a.py`:"), "the name of a file"), (PAGE.replace("a.py", "../a.py"), "the name of a f"),
      (PAGE.removesuffix("```\n"), "end with ```"), (PAGE.replace("```diff\n one", "``` diff\n one"), "begin with ```d"),
-     (PAGE.replace(" one", " twice"), "2 places in a.py"), (NEW_FILE.replace("b.py", "b.md"), "does not fit"),
+     (PAGE.replace(" one", " twice"), "fits 2 places in a.py"), (NEW_FILE.replace("b.py", "b.md"), "git cannot apply"),
      (NEW_FILE.replace("lib/b.py", "docs/b.py"), "changes nothing")],
 )  # fmt: skip
 def test_a_diff_that_does_not_fit_or_does_nothing_is_refused(text, message, tmp_path):

@@ -114,11 +114,6 @@ EDITS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return tmp_path_factory.mktemp("plain")
-
-
 def first_records(script, folder, items):
     """The records of step 0, among them the losses of HellaSwag's endings, and the last training loss."""
     scores = []

@@ -46,7 +46,7 @@ def main(jobs, folder):
     for name, (old, new) in ROUNDING.items():
         diff = folder / f"{name}.diff"
         lines = [line for line in (ROOT / "train_gpt2.py").read_text().splitlines() if old in line]
-        diff.write_text("+++ b/train_gpt2.py\n@@\n" + f"-{lines[0]}\n+{lines[0].replace(old, new)}\n")
+        diff.write_text(f"`train_gpt2.py`\n\n```diff\n-{lines[0]}\n+{lines[0].replace(old, new)}\n```\n")
         sides[name] = (copy_code(ROOT, folder, diff), [], 25)
 
     def run(job):

@@ -73,9 +73,10 @@ def apply_page(text, folder):
             lines = [line or " " for line in part.splitlines()]
             old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
             content = path.read_text(encoding="utf-8")
-            if content.count(old) != 1 or (len(new) > len(old) and new in content):
-                places = f"{content.count(old)} places in {path.name}, must be 1"
-                raise UserError(f"a diff of the page does not fit (is it applied already?), {places}: {old!r}")
+            if len(new) > len(old) and new in content:
+                raise UserError(f"a diff of the page is applied already, in {path.name}: {new!r}")
+            if content.count(old) != 1:
+                raise UserError(f"a diff of the page fits {content.count(old)} places in {path.name}, not one: {old!r}")
             path.write_text(content.replace(old, new), encoding="utf-8")
 
 
@@ -96,7 +97,7 @@ def apply_diff(text, folder):
             raise UserError("--diff needs git: install it, or give an edited copy with --code")
         done = subprocess.run(command, cwd=folder, env=settings, input=text + "\n", capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the diff does not fit (is it applied already?): {' '.join(done.stderr.split())}")
+            raise UserError(f"git cannot apply the diff: {' '.join(done.stderr.split())}")
     if hash_of_folder(folder) == before:
         raise UserError("the diff changes nothing of what is compared: Python files, lib/ and assets/")
 
@@ -105,7 +106,7 @@ def copy_code(source, folder, diff=None):
     """Copy the scripts in `source` to folder/code_HASH, with a diff (the path of its file) applied, and return that.
     Copied are Python files, and all of lib/ and assets/."""
     if missing := [name for name in ("train_gpt2.py", *WHOLE) if not (source / name).exists()]:
-        raise UserError(f"{source}/ is no copy of the scripts, it has no {missing[0]}")
+        raise UserError(f"{source}/ is not a copy of the scripts: it has no {missing[0]}")
     others = {folder.resolve(), *(path.parent.resolve() for path in source.glob("*/**/train_gpt2.py"))}
     others -= {source.resolve(), *source.resolve().parents}
     try:
@@ -197,9 +198,9 @@ def train(folder, code, flags, seed):
     """What a run gave: its folder, val_loss in nats per token, seconds of training, tokens, parameters. Trains if there
     is no result for this code, these flags and what decides the rounding, or if the data has changed since."""
     rounding = torch.__version__, torch.get_num_threads(), name_of(torch.device(default_device()))
-    named = [newest_checkpoint(expand(flag.rpartition("=")[2])) for flag in flags if "://" not in flag]
-    weights = [(path, os.stat(path).st_size, os.stat(path).st_mtime) for path in named if os.path.isfile(path)]
-    run = folder / hash_of([code.name, flags, weights, *rounding]) / f"seed_{seed}"
+    named = [newest_checkpoint(os.path.expanduser(flag.rpartition("=")[2])) for flag in flags]  # among them init_from
+    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime) for path in named if os.path.isfile(path)]
+    run = folder / hash_of([code.name, flags, files, *rounding]) / f"seed_{seed}"
     path = run / "result.json"
     with lock_folder(run):
         result = json.loads(path.read_bytes()) if path.exists() else None
@@ -345,17 +346,19 @@ def compare(args):
                 say(f"so far: {describe(verdict)}")
         report(verdict, results)
         text = describe(verdict)
+        try:
+            draw(verdict, results, expand(args.out))
+        except Exception as error:  # a verdict needs no picture, and none of the records that it shows
+            say(f"warning: no picture: {error!r}")
     except DoesNotTrain as error:
         verdict = {"verdict": "does not train", "reason": str(error)}
         text = f"does not train: {error}"
+    say(f"verdict: {text}")
     try:
         if args.json:
             Path(expand(args.json)).write_text(json.dumps(verdict, indent=1) + "\n")
-        if "low" in verdict:
-            draw(verdict, results, expand(args.out))
-    except Exception as error:  # the verdict needs neither, nor a whole log.txt
-        say(f"warning: cannot write the numbers or the picture: {error!r}")
-    say(f"verdict: {text}")
+    except OSError as error:
+        raise UserError(f"cannot write {args.json}: {error}") from None
     return verdict
 
 
